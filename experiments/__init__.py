@@ -1,0 +1,1 @@
+"""The evaluation programs: `python -m experiments.NAME`."""

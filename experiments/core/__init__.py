@@ -1,0 +1,1 @@
+"""What all runners share: options, prompts, the evaluation loop, results, tables."""

@@ -1,0 +1,142 @@
+"""The engine: one prefill for all policies, then each policy's generation, with its costs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.core.errors import UserError
+from experiments.core.runner import Answer
+from restkv_jax.cache import KVCache, init_cache
+from restkv_jax.decode import (
+    CachePlan,
+    CausalLM,
+    Sampling,
+    bucket_length,
+    continue_from,
+    pad_prompts,
+    prefill,
+)
+
+# Decode steps between two looks at whether the answer has ended; answers are short.
+_CHUNK = 4
+
+
+class EvictionEngine:
+    """Answers prompts from the compressed caches of several policies.
+
+    Args:
+        model: the network.
+        plans: label -> plan.
+        longest_prompt: tokens of the longest prompt that will come; checked against memory.
+        weights_bytes: memory that the weights take.
+
+    Raises:
+        UserError: the caches of one row do not fit into memory.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        plans: Mapping[str, CachePlan],
+        *,
+        longest_prompt: int,
+        weights_bytes: int,
+    ) -> None:
+        self._model = model
+        self._plans = dict(plans)
+        check_memory(model, self._plans, bucket_length(longest_prompt), weights_bytes)
+
+    def answer(
+        self,
+        prompt_ids: list[int],
+        *,
+        policies: Sequence[str],
+        max_new_tokens: int,
+        stop_ids: tuple[int, ...],
+        seed: int,
+        min_new_tokens: int = 0,
+    ) -> dict[str, Answer]:
+        """Answers one prompt by greedy decoding; see `experiments.core.runner.Engine`."""
+        plans = tuple(self._plans[label] for label in policies)
+        tokens, valid = pad_prompts([prompt_ids])
+        start = time.perf_counter()
+        logits, caches = jax.block_until_ready(prefill(self._model, tokens, valid, plans=plans))
+        prefill_s = time.perf_counter() - start
+        answers = {}
+        for label, plan, cache in zip(policies, plans, caches, strict=True):
+            kept, held = _kept_slots(cache), cache.total_bytes
+            start = time.perf_counter()
+            out = continue_from(
+                self._model,
+                logits,
+                cache,
+                headroom=plan.headroom,
+                max_new_tokens=max_new_tokens,
+                sampling=Sampling(min_new_tokens=min_new_tokens),
+                seed=seed % 2**31,
+                stop_tokens=stop_ids,
+                chunk=_CHUNK,
+            )
+            decode_s = time.perf_counter() - start
+            answers[label] = Answer(out.rows()[0], prefill_s, decode_s, kept, held)
+        return answers
+
+
+def check_memory(
+    model: CausalLM, plans: Mapping[str, CachePlan], columns: int, weights_bytes: int
+) -> None:
+    """Refuses caches that cannot fit beside the weights, before anything is allocated.
+
+    Raises:
+        UserError: naming the largest cache and what there is.
+    """
+    available = _device_memory()
+    sizes = {}
+    for label, plan in plans.items():
+        shape = jax.eval_shape(
+            lambda plan=plan: init_cache(
+                model.layer_specs, plan, batch=1, prompt_columns=columns, dtype=model.kv_dtype
+            )
+        )
+        sizes[label] = shape.total_bytes
+    needed = sum(sizes.values()) + weights_bytes
+    if available is not None and needed > available:
+        largest = max(sizes, key=lambda label: sizes[label])
+        raise UserError(
+            f"--budget: caches of {sum(sizes.values()) / 1e9:.2f} GB and weights of "
+            f"{weights_bytes / 1e9:.2f} GB do not fit into {available / 1e9:.2f} GB of memory; the "
+            f"largest cache is that of {largest} with {sizes[largest] / 1e9:.2f} GB"
+        )
+
+
+def weights_fingerprint(model: CausalLM) -> str:
+    """A short hash of every weight's shape, type and first values."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(model):
+        digest.update(f"{leaf.shape}{leaf.dtype}".encode())
+        digest.update(np.asarray(jnp.ravel(leaf)[:64]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _kept_slots(cache: KVCache) -> float:
+    filled = [jnp.sum(stack.positions >= 0) for stack in cache.stacks]
+    heads = sum(stack.positions.size // stack.slots for stack in cache.stacks)
+    return float(sum(filled)) / heads
+
+
+def _device_memory() -> int | None:
+    """Bytes of the first device, or of the machine; None where neither tells."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,0 +1,206 @@
+"""The options that all runners share, and how their texts are read."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from experiments.core.errors import UserError
+
+DEFAULT_POLICIES = ("full", "streaming", "snapkv", "restkv")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """A budget in cache slots per head."""
+
+    value: int
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """A budget as a share of the prompt's length."""
+
+    value: float
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+Budget = Slots | Ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyText:
+    """A policy as the user wrote it, values not interpreted.
+
+    Attributes:
+        name: the policy's name.
+        options: (key, value) pairs in the order of their keys.
+    """
+
+    name: str
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Name and options as one word, used in tables and as a folder name."""
+        text = "+".join([self.name, *(f"{key}={value}" for key, value in self.options)])
+        return re.sub(r"[^A-Za-z0-9._=+-]", "_", text)
+
+
+def parse_policy(text: str) -> PolicyText:
+    """Reads `NAME` or `NAME:key=value,key=value`.
+
+    Raises:
+        UserError: naming the part that is malformed or given twice.
+    """
+    name, colon, rest = text.strip().partition(":")
+    if not _NAME.fullmatch(name):
+        raise UserError(f"--policy {text!r}: expected NAME or NAME:key=value,key=value")
+    options: dict[str, str] = {}
+    for item in rest.split(",") if colon else []:
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not _NAME.fullmatch(key) or not value:
+            raise UserError(f"--policy {text!r}: {item.strip()!r} is not of the form key=value")
+        if key in options:
+            raise UserError(f"--policy {text!r}: {key} is given twice")
+        options[key] = value
+    return PolicyText(name, tuple(sorted(options.items())))
+
+
+def parse_budget(text: str) -> Budget:
+    """Reads a budget: a whole number is slots, a number with a point is a share of the prompt.
+
+    Raises:
+        UserError: if it is neither, not positive, or a share above 1.
+    """
+    problem = UserError(
+        f"--budget {text}: expected slots (such as 128) or a ratio above 0 and up to 1.0"
+    )
+    if re.fullmatch(r"\d+", text.strip(), re.ASCII):
+        if int(text) == 0:
+            raise problem
+        return Slots(int(text))
+    try:
+        ratio = float(text)
+    except ValueError:
+        raise problem from None
+    if not 0 < ratio <= 1:
+        raise problem
+    return Ratio(ratio)
+
+
+def count_of(option: str, least: int) -> Callable[[str], int]:
+    """A reader of whole numbers from `least` on, for argparse's `type=`."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"\d+", text.strip(), re.ASCII) or int(text) < least:
+            raise UserError(f"{option} {text}: expected a whole number of at least {least}")
+        return int(text)
+
+    return read
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `UserError`s: one line, no usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the complaint instead of printing the usage and leaving."""
+        raise UserError(f"{message} (see --help)")
+
+
+def add_common_options(parser: argparse.ArgumentParser, *, default_data: str) -> None:
+    """Adds the options that every runner has, in the groups that `--help` shows.
+
+    Args:
+        parser: the runner's parser.
+        default_data: value of `--data` when it is not given.
+    """
+    what = parser.add_argument_group("what is run")
+    what.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="a folder with config.json and safetensors, a .gguf file, or a hub id "
+        "(default: SmolLM2-135M-Instruct, downloaded once)",
+    )
+    what.add_argument(
+        "--data",
+        metavar="SOURCE",
+        default=default_data,
+        help=f"a folder of official files, 'hub', or 'offline' (default: {default_data})",
+    )
+    what.add_argument(
+        "--limit",
+        metavar="N",
+        type=count_of("--limit", 1),
+        help="ask the first N rows of each set only",
+    )
+    how = parser.add_argument_group("what is compared")
+    how.add_argument(
+        "--policy",
+        metavar="POLICY",
+        action="append",
+        type=parse_policy,
+        help="NAME or NAME:key=value,key=value; repeat it to compare several, one prefill serves "
+        f"them all (default: {', '.join(DEFAULT_POLICIES)})",
+    )
+    how.add_argument(
+        "--budget",
+        metavar="B",
+        type=parse_budget,
+        default=Slots(128),
+        help="what an evicting policy keeps per head: slots (128) or a ratio of the prompt (0.2) "
+        "(default: 128)",
+    )
+    run = parser.add_argument_group("how it is run")
+    run.add_argument(
+        "--max-length",
+        metavar="T",
+        type=count_of("--max-length", 16),
+        help="longest prompt in tokens, longer ones lose their middle (default: what the model "
+        "holds)",
+    )
+    run.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of weights and activations (default: float32)",
+    )
+    run.add_argument(
+        "--seed",
+        metavar="S",
+        type=count_of("--seed", 0),
+        default=0,
+        help="of generated data and of sampling (default: 0)",
+    )
+    run.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="results folder; an interrupted run resumes there (default: results/NAME-HASH, one "
+        "for each configuration)",
+    )
+
+
+def chosen_policies(policies: Sequence[PolicyText] | None) -> tuple[PolicyText, ...]:
+    """The policies of a run, the default ones if none was named.
+
+    Raises:
+        UserError: if two of them have the same label.
+    """
+    chosen = tuple(policies or (PolicyText(name) for name in DEFAULT_POLICIES))
+    labels = [policy.label.lower() for policy in chosen]
+    for policy in chosen:
+        # Lower case: the labels are folder names, and some file systems do not tell case apart.
+        if labels.count(policy.label.lower()) > 1:
+            raise UserError(f"--policy {policy.label}: given twice")
+    return chosen

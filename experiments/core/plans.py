@@ -1,0 +1,77 @@
+"""From the policies that the user wrote to cache plans."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any
+
+from experiments.core.errors import UserError
+from experiments.core.options import Budget, PolicyText
+from restkv_jax.decode import POLICIES, CachePlan, Policy
+from restkv_jax.policies import PRESETS
+
+
+def make_policy(text: PolicyText) -> Policy:
+    """Builds the policy that a text names; `preset=NAME` chooses one of its named settings.
+
+    Raises:
+        UserError: naming an unknown policy, preset or option, or a value that does not fit.
+    """
+    cls = POLICIES.get(text.name)
+    if cls is None:
+        raise UserError(f"--policy {text.name}: unknown; known are {', '.join(POLICIES)}")
+    options = dict(text.options)
+    presets = PRESETS.get(text.name, {})
+    build: Any = cls
+    if "preset" in options and presets:
+        preset = options.pop("preset")
+        if preset not in presets:
+            raise UserError(
+                f"--policy {text.name}: unknown preset {preset!r}; known are {', '.join(presets)}"
+            )
+        build = presets[preset]
+    types = typing.get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls)]
+    values = {}
+    for key, value in options.items():
+        if key not in known:
+            choices = ", ".join([*known, *(["preset"] if presets else [])]) or "none"
+            raise UserError(f"--policy {text.name}: unknown option {key!r}; known are {choices}")
+        values[key] = _read(text.name, key, value, types[key])
+    try:
+        return build(**values)
+    except ValueError as error:
+        raise UserError(f"--policy {text.name}: {error}") from None
+
+
+def make_plan(text: PolicyText, budget: Budget, *, headroom: int) -> CachePlan:
+    """The cache plan of a policy under the run's budget; `full` takes none.
+
+    Raises:
+        UserError: as `make_policy`, and for a budget that the policy cannot meet.
+    """
+    policy = make_policy(text)
+    try:
+        return CachePlan(
+            policy=policy,
+            budget=budget.value if policy.needs_budget else None,
+            headroom=headroom,
+        )
+    except ValueError as error:
+        raise UserError(f"--budget {budget} for --policy {text.label}: {error}") from None
+
+
+def _read(policy: str, key: str, text: str, kind: Any) -> Any:
+    """An option's value: a number, a truth value or a word, by the field's type."""
+    if kind is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise UserError(f"--policy {policy}: {key}={text}: expected true or false")
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            raise UserError(f"--policy {policy}: {key}={text}: expected {wanted}") from None
+    return text

@@ -1,0 +1,120 @@
+"""The tables at the end of a run, for the terminal, for a log file and as Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTable:
+    """A table as text: a title, column names, and rows of cells (the first cell is the name)."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def score_table(title: str, result: Mapping[str, Any]) -> TextTable:
+    """Set x policy: score and standard error, and the mean over the sets.
+
+    Args:
+        title: what the scores are. Scores of the offline suite must not be called LongBench's.
+        result: the content of `result.json`.
+    """
+    policies = list(result["score"])
+    sets = list(result["score"][policies[0]])
+    rows = []
+    for name in sets:
+        n = result["n"][policies[0]][name]
+        cells = [
+            _score(result["score"][p][name], result["standard_error"][p][name]) for p in policies
+        ]
+        rows.append((name, str(n), *cells))
+    if len(sets) > 1:
+        means = [f"{statistics.fmean(result['score'][p].values()):.2f}" for p in policies]
+        rows.append(("mean of sets", "", *means))
+    return TextTable(title, ("set", "n", *policies), tuple(rows))
+
+
+def cost_table(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> TextTable:
+    """Policy x what it costs: mean kept slots and cache bytes, median times over the rows.
+
+    Medians, because the first row of each shape includes compilation.
+
+    Args:
+        timings: policy -> its timing rows.
+    """
+    rows = []
+    for policy, entries in timings.items():
+        if not entries:
+            rows.append((policy, *["-"] * 5))
+            continue
+        per_token = [e["decode_s"] / e["new_tokens"] for e in entries if e["new_tokens"]]
+        token_s = statistics.median(per_token) if per_token else 0.0
+        rows.append(
+            (
+                policy,
+                f"{statistics.fmean(e['kept_slots'] for e in entries):.1f}",
+                human_bytes(statistics.fmean(e["cache_bytes"] for e in entries)),
+                f"{statistics.median(e['prefill_s'] for e in entries):.3f}",
+                f"{1000 * token_s:.2f}",
+                f"{1 / token_s:.1f}" if token_s else "-",
+            )
+        )
+    columns = ("policy", "kept slots", "cache", "prefill s", "decode ms/token", "tokens/s")
+    return TextTable("cost per prompt", columns, tuple(rows))
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes in the largest binary unit that leaves at least 1: "1.5 MiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def print_tables(tables: Sequence[TextTable], stream: TextIO | None = None) -> None:
+    """Prints tables; where the stream is no terminal, in plain text that never wraps."""
+    stream = sys.stdout if stream is None else stream
+    terminal = stream.isatty()
+    for table in tables:
+        drawn = Table(title=table.title, title_justify="left", box=None)
+        if terminal:
+            drawn.box = box.SIMPLE_HEAD
+        for i, column in enumerate(table.columns):
+            drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        for row in table.rows:
+            drawn.add_row(*row)
+        needed = sum(
+            max(len(r[i]) for r in (table.columns, *table.rows)) + 4
+            for i in range(len(table.columns))
+        )
+        width = None if terminal else max(needed, len(table.title)) + 4
+        console = Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+        console.print(drawn)
+        console.print()
+
+
+def markdown(tables: Sequence[TextTable]) -> str:
+    """The tables in Markdown."""
+    lines = []
+    for table in tables:
+        lines += [f"**{table.title}**", ""]
+        align = ["---", *["---:"] * (len(table.columns) - 1)]
+        for row in (table.columns, align, *table.rows):
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _score(score: float, error: float | None) -> str:
+    return f"{score:.2f}" if error is None else f"{score:.2f} ± {error:.2f}"

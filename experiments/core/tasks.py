@@ -1,0 +1,98 @@
+"""What a task set is: rows of context, question and answers, and how they are asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+
+_FIELD = re.compile(r"\{(context|input)\}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One question in LongBench's row format.
+
+    Attributes:
+        input: the question, possibly empty when the set's prompt says it all.
+        context: the long text.
+        answers: the accepted answers, at least one; a prediction gets its best score over them.
+        length: size of the row in words, as its source counts them.
+        all_classes: the labels of a classification set, else None.
+        row_id: the source's identifier, or None.
+    """
+
+    input: str
+    context: str
+    answers: tuple[str, ...]
+    length: int
+    all_classes: tuple[str, ...] | None = None
+    row_id: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SetSpec:
+    """How the rows of one set are asked and scored.
+
+    Attributes:
+        name: the set's name, also its file name.
+        prompt: template with the fields `{context}` and `{input}`.
+        max_new_tokens: length of the generation.
+        metric: key of the metric (see `experiments.longbench.metrics.METRICS`).
+        chat: False keeps the prompt free of the chat template (few-shot and completion sets).
+        first_line_only: score the first non-empty line of the prediction only.
+        stop_at_newline: end the generation at the first newline.
+    """
+
+    name: str
+    prompt: str
+    max_new_tokens: int
+    metric: str
+    chat: bool = True
+    first_line_only: bool = False
+    stop_at_newline: bool = False
+
+    def __post_init__(self) -> None:
+        if "{context}" not in self.prompt:
+            raise ValueError(f"the prompt of set {self.name!r} has no {{context}} field")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskSet:
+    """A set together with the rows that will be asked.
+
+    Attributes:
+        spec: prompt, metric and generation length.
+        rows: the rows, in order.
+        source: where they come from, in words or as a file name.
+    """
+
+    spec: SetSpec
+    rows: tuple[Row, ...]
+    source: str
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the rows' content, whatever file or compression they came in."""
+        return rows_checksum(self.rows)
+
+
+def fill_prompt(template: str, row: Row) -> str:
+    """Fills a template's `{context}` and `{input}` fields with a row's texts.
+
+    One pass, so that braces inside the texts stay what they are (`str.format` would be the same
+    for well-formed templates but stumbles over any other brace).
+    """
+    values = {"context": row.context, "input": row.input}
+    return _FIELD.sub(lambda field: values[field.group(1)], template)
+
+
+def rows_checksum(rows: Sequence[Row]) -> str:
+    """SHA-256 over the rows' fields in a canonical spelling."""
+    digest = hashlib.sha256()
+    for row in rows:
+        line = json.dumps(dataclasses.asdict(row), sort_keys=True, ensure_ascii=True)
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()

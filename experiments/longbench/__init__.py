@@ -1,0 +1,1 @@
+"""LongBench, and an offline suite in its format: `python -m experiments.longbench`."""

@@ -1,0 +1,138 @@
+"""Options of `python -m experiments.longbench`, and the sets that they choose."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from experiments.core.errors import UserError
+from experiments.core.options import Parser, add_common_options, count_of
+from experiments.core.tasks import SetSpec, TaskSet
+from experiments.longbench.data import load_folder, load_hub
+from experiments.longbench.offline import OFFLINE_SETS, build_suite
+from experiments.longbench.sets import LONGBENCH_SETS, official_prompts
+
+_EPILOG = """\
+examples:
+  # the offline suite: no download but the model's
+  python -m experiments.longbench
+
+  # LongBench itself: two sets, ten rows of each, from a folder of official files
+  python -m experiments.longbench --data DIR --sets hotpotqa,trec --limit 10
+
+  # two variants of one policy against the full cache, keeping a fifth of each prompt
+  python -m experiments.longbench --data hub --budget 0.2 \\
+      --policy full --policy restkv --policy restkv:alpha=0.5
+
+  # official wordings (pip install "restkv-jax[eval]"), the protocol of the published scripts
+  python -m experiments.longbench --data DIR --prompts official --protocol released
+
+An interrupted run goes on at the next row when the same command is given again.
+"""
+
+
+def build_parser() -> Parser:
+    """The parser of the LongBench runner."""
+    parser = Parser(
+        prog="python -m experiments.longbench",
+        description="Scores eviction policies on LongBench, or on an offline suite in its format.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_common_options(parser, default_data="offline")
+    group = parser.add_argument_group("LongBench")
+    group.add_argument(
+        "--sets",
+        metavar="A,B",
+        help="sets to ask, separated by commas (default: all that the data holds)",
+    )
+    group.add_argument(
+        "--protocol",
+        choices=("official", "released"),
+        default="official",
+        help="official: LongBench's own (chat template but for six sets); released: that of the "
+        "published ReST-KV scripts (no template, end of sequence only) (default: official)",
+    )
+    group.add_argument(
+        "--prompts",
+        choices=("own", "official"),
+        default="own",
+        help="own: wordings of this project; official: read from the installed lm_eval package "
+        "(default: own)",
+    )
+    group.add_argument(
+        "--offline-length",
+        metavar="T",
+        type=count_of("--offline-length", 256),
+        default=1024,
+        help="length in tokens of the offline suite's prompts (default: 1024)",
+    )
+    group.add_argument(
+        "--offline-rows",
+        metavar="N",
+        type=count_of("--offline-rows", 1),
+        default=4,
+        help="rows in each set of the offline suite (default: 4)",
+    )
+    return parser
+
+
+def choose_specs(text: str | None, known: dict[str, SetSpec]) -> list[SetSpec]:
+    """The specifications of the sets named in `--sets`, all known ones without it.
+
+    Raises:
+        UserError: naming an unknown set, or one given twice.
+    """
+    if text is None:
+        return list(known.values())
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--sets: unknown set {name!r}; known are {', '.join(known)}")
+        if names.count(name) > 1:
+            raise UserError(f"--sets: {name} is given twice")
+    return [known[name] for name in names]
+
+
+def load_sets(
+    args: argparse.Namespace, count_tokens: Callable[[str], int]
+) -> tuple[list[TaskSet], str]:
+    """Loads, or generates, what the options ask for.
+
+    Args:
+        args: the parsed options.
+        count_tokens: length of a prompt in the model's tokens; used by the offline suite.
+
+    Returns:
+        The sets, and the title of the score table. Only real LongBench rows get its name.
+
+    Raises:
+        UserError: for unknown sets and for data that cannot be read.
+    """
+    if args.data == "offline":
+        if args.prompts == "official":
+            raise UserError("--prompts official: the offline suite has no official prompts")
+        specs = choose_specs(args.sets, OFFLINE_SETS)
+        sets = build_suite(
+            specs,
+            count_tokens=count_tokens,
+            length=args.offline_length,
+            rows=min(args.offline_rows, args.limit or args.offline_rows),
+            seed=args.seed,
+        )
+        return sets, "offline suite (not LongBench), score 0-100"
+    specs = _with_prompts(choose_specs(args.sets, LONGBENCH_SETS), args.prompts)
+    if args.data == "hub":
+        sets = load_hub(specs, limit=args.limit)
+    else:
+        sets = load_folder(Path(args.data), specs, limit=args.limit, explicit=args.sets is not None)
+    wording = "official wordings" if args.prompts == "official" else "own wordings"
+    return sets, f"LongBench ({args.protocol} protocol, {wording}), score 0-100"
+
+
+def _with_prompts(specs: Sequence[SetSpec], prompts: str) -> list[SetSpec]:
+    if prompts == "own":
+        return list(specs)
+    official = official_prompts([spec.name for spec in specs])
+    return [official[spec.name] for spec in specs]

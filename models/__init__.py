@@ -1,0 +1,84 @@
+"""Small implementations of open decoder-only models, and loaders for their checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from models import gguf_model, huggingface
+from models.config import ModelConfig
+from models.errors import CheckpointError
+from models.gguf_file import GGUFStore
+from models.llama import Llama
+from models.sources import resolve
+from models.tokenizer import Tokenizer
+from models.weights import weights_bytes
+from restkv_jax.protocols import CausalLM
+
+__all__ = ["CheckpointError", "LanguageModel", "Llama", "ModelConfig", "Tokenizer", "load"]
+
+_DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """A network with its tokenizer.
+
+    Attributes:
+        name: the name it was loaded by.
+        model: the network.
+        tokenizer: raises CheckpointError when used if the checkpoint came without one.
+        config: shape and arithmetic of the network.
+        eos_ids: tokens that end a text, as the checkpoint says.
+        turn_end_ids: tokens that end a turn of a chat, such as <|im_end|>; may be in both.
+        weights_bytes: memory that the weights take.
+    """
+
+    name: str
+    model: CausalLM
+    tokenizer: Tokenizer
+    config: ModelConfig
+    eos_ids: tuple[int, ...]
+    turn_end_ids: tuple[int, ...]
+    weights_bytes: int
+
+
+def load(spec: str | Path, *, dtype: str = "float32") -> LanguageModel:
+    """Loads a model.
+
+    Args:
+        spec: a checkpoint folder in the hub's layout, a `.gguf` file, a hub id "owner/name", or
+            "smollm2-135m-instruct" (see `models.sources`).
+        dtype: of weights and activations, "float32" or "bfloat16"; normalisation, softmax and
+            logits are float32 in both.
+
+    Returns:
+        The model, complete: every parameter comes from the checkpoint.
+
+    Raises:
+        CheckpointError: the model is not found, damaged, incomplete or unsupported.
+        ValueError: `dtype` is neither of the two.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}: must be one of {', '.join(_DTYPES)}")
+    path = resolve(spec)
+    if path.is_dir():
+        tokenizer = huggingface.read_tokenizer(path)
+        eos_ids = huggingface.read_eos_ids(path)
+        model = huggingface.read_model(path, jnp.dtype(dtype))
+    else:
+        store = GGUFStore(path)
+        tokenizer = gguf_model.read_tokenizer(store)
+        eos_ids = ()
+        model = gguf_model.read_model(store, jnp.dtype(dtype))
+    return LanguageModel(
+        name=str(spec),
+        model=model,
+        tokenizer=tokenizer,
+        config=model.config,
+        eos_ids=eos_ids or tokenizer.eos_ids,
+        turn_end_ids=tokenizer.turn_end_ids,
+        weights_bytes=weights_bytes(model),
+    )

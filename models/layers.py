@@ -1,0 +1,121 @@
+"""Layers that the model families share.
+
+A layer takes its weights from a `Weights` function at construction, which serves loading,
+random initialisation and shape listing alike, so nothing is allocated that is then thrown away.
+Modules are immutable afterwards: `__call__` assigns nothing, and plain `jax.jit` applies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from models.config import ModelConfig
+from models.rope import rotate
+from restkv_jax.protocols import Attend, State
+
+Weights = Callable[[str, tuple[int, ...]], jax.Array | jax.ShapeDtypeStruct]
+"""From a parameter's path, e.g. "layers.0.attn.q.w", and shape to its value."""
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation with a learned scale; computes in float32."""
+
+    def __init__(self, path: str, size: int, eps: float, weights: Weights) -> None:
+        self.w = nnx.Param(weights(f"{path}.w", (size,)))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalises the last axis; the result has the dtype of `x`."""
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(mean_square + self.eps)
+        return (normed * _row(self.w[...].astype(jnp.float32), x.ndim)).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """y = x @ w (+ b), with w stored as [in, out]."""
+
+    def __init__(
+        self, path: str, in_size: int, out_size: int, weights: Weights, *, bias: bool = False
+    ) -> None:
+        self.w = nnx.Param(weights(f"{path}.w", (in_size, out_size)))
+        self.b = nnx.Param(weights(f"{path}.b", (out_size,))) if bias else None
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        """Projects the last axis."""
+        y = x @ self.w[...]
+        return y if self.b is None else y + _row(self.b[...], y.ndim)
+
+
+class GatedMLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, path: str, config: ModelConfig, weights: Weights) -> None:
+        width, hidden = config.hidden_size, config.mlp_size
+        self.gate = Linear(f"{path}.gate", width, hidden, weights)
+        self.up = Linear(f"{path}.up", width, hidden, weights)
+        self.down = Linear(f"{path}.down", hidden, width, weights)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Applies the network to each token."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Attention(nnx.Module):
+    """The projections around one call of `attend`."""
+
+    def __init__(self, path: str, config: ModelConfig, weights: Weights) -> None:
+        self.head_dim = config.head_dim
+        width = config.hidden_size
+        q_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        self.q = Linear(f"{path}.q", width, q_size, weights, bias=config.qkv_bias)
+        self.k = Linear(f"{path}.k", width, kv_size, weights, bias=config.qkv_bias)
+        self.v = Linear(f"{path}.v", width, kv_size, weights, bias=config.qkv_bias)
+        self.o = Linear(f"{path}.o", q_size, width, weights, bias=config.out_bias)
+
+        def head_norm(name: str) -> RMSNorm | None:
+            if not config.qk_norm:
+                return None
+            return RMSNorm(f"{path}.{name}", config.head_dim, config.rms_eps, weights)
+
+        self.q_norm = head_norm("q_norm")
+        self.k_norm = head_norm("k_norm")
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Float[Array, "B T 1 H2"],
+        layer: int,
+        attend: Attend[State],
+        state: State,
+    ) -> tuple[Float[Array, "B T D"], State]:
+        """Projects, normalises, rotates, attends, and projects back.
+
+        Args:
+            x: the layer's normalised input.
+            angles: rotary angles, from `rope_angles`.
+            layer: index handed to `attend`.
+            attend: the attention.
+            state: its state, opaque.
+
+        Returns:
+            The update to the residual stream, and the new state.
+        """
+        by_head = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (project(x).reshape(by_head) for project in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        w_o = self.o.w[...].reshape(-1, self.head_dim, x.shape[-1])
+        heads, state = attend(layer, rotate(q, angles), rotate(k, angles), v, w_o, state)
+        return self.o(heads.astype(x.dtype).reshape(*x.shape[:2], -1)), state
+
+
+def _row(vector: Float[Array, " D"], ndim: int) -> Float[Array, "... D"]:
+    """Shapes a vector for arithmetic with `ndim` axes, also under strict rank promotion."""
+    return vector.reshape((1,) * (ndim - 1) + vector.shape)

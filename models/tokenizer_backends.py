@@ -1,0 +1,169 @@
+"""The tokenisation algorithms behind `models.tokenizer.Tokenizer`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import sentencepiece
+import tokenizers
+
+from models.errors import CheckpointError
+
+
+class TokenizersBackend:
+    """A pipeline of the `tokenizers` library, such as a `tokenizer.json`.
+
+    Args:
+        pipeline: the library's object; not changed.
+    """
+
+    def __init__(self, pipeline: tokenizers.Tokenizer) -> None:
+        self._pipeline = pipeline
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self._pipeline.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def encode(self, text: str, *, parse_special: bool) -> list[int]:
+        """See `models.tokenizer.Backend`."""
+        pipeline = self._pipeline if parse_special else self._literal
+        return pipeline.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
+        """See `models.tokenizer.Backend`."""
+        return self._pipeline.decode(ids, skip_special_tokens=skip_special)
+
+    def token_id(self, token: str) -> int | None:
+        """See `models.tokenizer.Backend`."""
+        return self._pipeline.token_to_id(token)
+
+    def prefix(self) -> list[int]:
+        """The ids that the pipeline itself puts around an empty text."""
+        return self._pipeline.encode("", add_special_tokens=True).ids
+
+    @functools.cached_property
+    def _literal(self) -> tokenizers.Tokenizer:
+        """A copy that takes special strings as plain text: the choice is state, not argument."""
+        literal = copy.deepcopy(self._pipeline)
+        literal.encode_special_tokens = True
+        return literal
+
+
+class SentencePieceBackend:
+    """A `tokenizer.model`, with special tokens split off before it sees the text.
+
+    Args:
+        path: the model file.
+        added: special string -> id; None takes the control pieces of the file.
+        skipped: ids that `decode(skip_special=True)` leaves out; None for all of `added`.
+        prefix_everywhere: whether text after a special token gets the dummy prefix too, as
+            text at the very start does.
+
+    Raises:
+        CheckpointError: the file is missing or not a sentencepiece model.
+    """
+
+    # A ModelProto that holds only `normalizer_spec { add_dummy_prefix: false }`. Protocol
+    # buffers merge when concatenated, so appending it switches the prefix off.
+    _NO_PREFIX = b"\x1a\x02\x18\x00"
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        added: Mapping[str, int] | None,
+        skipped: frozenset[int] | None = None,
+        prefix_everywhere: bool,
+    ) -> None:
+        try:
+            proto = path.read_bytes()
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            inner = self._model
+            if not prefix_everywhere:
+                inner = sentencepiece.SentencePieceProcessor(model_proto=proto + self._NO_PREFIX)
+        except (OSError, RuntimeError) as err:
+            raise CheckpointError(f"{path}: not a sentencepiece model ({err})") from err
+        self._inner = inner
+        if added is None:
+            added = {
+                self._model.id_to_piece(i): i
+                for i in range(self._model.vocab_size())
+                if self._model.is_control(i) or self._model.is_unknown(i)
+            }
+        self._added = dict(added)
+        self._names = {token_id: token for token, token_id in self._added.items()}
+        self._skipped = frozenset(self._names) if skipped is None else skipped
+        longest_first = sorted(self._added, key=len, reverse=True)
+        self._splitter = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max([self._model.vocab_size() - 1, *self._names]) + 1
+
+    def encode(self, text: str, *, parse_special: bool) -> list[int]:
+        """See `models.tokenizer.Backend`."""
+        if not (parse_special and self._added):
+            return self._model.encode(text)
+        ids: list[int] = []
+        for number, piece in enumerate(self._splitter.split(text)):
+            if piece in self._added:
+                ids.append(self._added[piece])
+            elif piece:
+                ids += (self._inner if number else self._model).encode(piece)
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
+        """See `models.tokenizer.Backend`."""
+        if skip_special:
+            return self._model.decode([i for i in ids if i not in self._skipped])
+        text = ""
+        plain: list[int] = []
+        for token_id in ids:
+            if token_id in self._names:
+                text += self._model.decode(plain) + self._names[token_id]
+                plain = []
+            else:
+                plain.append(token_id)
+        return text + self._model.decode(plain)
+
+    def token_id(self, token: str) -> int | None:
+        """See `models.tokenizer.Backend`."""
+        if token in self._added:
+            return self._added[token]
+        token_id = self._model.piece_to_id(token)
+        return None if self._model.is_unknown(token_id) else token_id
+
+
+class MissingBackend:
+    """Stands in where a checkpoint has no tokenizer: the model runs, on ids only.
+
+    Args:
+        folder: the checkpoint, for the error message.
+    """
+
+    vocab_size = 0
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def encode(self, text: str, *, parse_special: bool) -> list[int]:  # noqa: ARG002
+        """Raises CheckpointError."""
+        self._fail()
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:  # noqa: ARG002
+        """Raises CheckpointError."""
+        self._fail()
+
+    def token_id(self, token: str) -> int | None:  # noqa: ARG002
+        """None: there are no tokens."""
+        return None
+
+    def _fail(self) -> NoReturn:
+        raise CheckpointError(f"{self._folder}: no tokenizer.json and no tokenizer.model")

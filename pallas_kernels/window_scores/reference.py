@@ -1,0 +1,192 @@
+"""Windowed reconstruction scores in plain XLA: specification, fallback and oracle.
+
+The window is the last W queries; query row w of W sits at key column T - W + w. Everything is
+float32 inside. Two habits keep the scores exact where float32 would not be:
+
+* The distance ‖(o - v) W_O‖ is taken of a difference, never expanded into ‖o‖² - 2 o·v + ‖v‖².
+* Only one key of a row can hold more than half of its weight. For that *dominant* key 1 - A and
+  o - v both vanish as A -> 1, so they are summed over the other keys instead:
+  A / (1 - A) · ‖o - v_n‖ = A · ‖o_without_n - v_n‖, with o_without_n the attention output that is
+  left when key n is taken away.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+# The smallest normal float32: below it a sum of weights counts as nothing at all.
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+
+
+def output_factor(w_o: Float[Array, "N H D"]) -> Float[Array, "N H R"]:
+    """A factor R per head with R Rᵀ = W_O W_Oᵀ, so that ‖x W_O‖ = ‖x R‖ for every x.
+
+    R is the transposed triangular factor of W_Oᵀ = Q Rᵀ: no Gram matrix, hence no squared
+    condition number. A `w_o` that is no wider than H is returned as it is.
+
+    Args:
+        w_o: output projection by head.
+
+    Returns:
+        [N, H, R] float32 with R = min(H, D).
+    """
+    w_o = w_o.astype(jnp.float32)
+    if w_o.shape[-1] <= w_o.shape[-2]:
+        return w_o
+    return jnp.linalg.qr(w_o.mT, mode="r").mT
+
+
+def window_attention(
+    q: Float[Array, "B N W H"],
+    k: Float[Array, "B K T H"],
+    visible: Bool[Array, "B W T"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "B N W T"]:
+    """Softmax weights of the window's queries over all keys; rows that see nothing are 0.
+
+    Args:
+        q: the window's queries.
+        k: all keys; query head n reads key head n // (N / K).
+        visible: True where a query may look.
+        scale: factor on q·k.
+        softcap: c of c · tanh(logits / c), or None.
+    """
+    batch, heads, window, size = q.shape
+    grouped = q.reshape(batch, k.shape[1], -1, window, size)
+    logits = scale * jnp.einsum(
+        "bkgwh,bkth->bkgwt", grouped, k, preferred_element_type=jnp.float32
+    ).reshape(batch, heads, window, -1)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    seen = visible[:, None]
+    logits = jnp.where(seen, logits, -jnp.inf)
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
+    return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), _TINY)
+
+
+def window_outputs(
+    weights: Float[Array, "B N *W T"], v: Float[Array, "B K T H"]
+) -> Float[Array, "B N *W H"]:
+    """Weighted sums of the values, o = A v, float32."""
+    batch, heads, *rows, keys = weights.shape
+    grouped = weights.reshape(batch, v.shape[1], -1, keys)
+    out = jnp.einsum("bkrt,bkth->bkrh", grouped, v, preferred_element_type=jnp.float32)
+    return out.reshape(batch, heads, *rows, v.shape[-1])
+
+
+def aggregated_reconstruction(
+    weights: Float[Array, "B N T"],
+    v: Float[Array, "B K T H"],
+    factor: Float[Array, "N H R"],
+    *,
+    window: int,
+    tau: float = 1.0,
+) -> Float[Array, "B N P"]:
+    """Odds times distance of weights that were averaged over the window first (released form).
+
+    With ā the averaged weights and P = T - W past keys,
+        ō = Σ_{l < P} ā_l v_l,    I[n] = ā_n / (1 - ā_n) · ‖(ō - v_n) W_O‖^τ.
+    ō leaves the window's own keys out and is not renormalised, as in the released code.
+
+    Args:
+        weights: ā over all T keys.
+        v: values.
+        factor: see `output_factor`.
+        window: W, how many of the last keys are not scored.
+        tau: τ.
+
+    Returns:
+        I of the P past keys, finite for any weights.
+    """
+    past = weights.shape[-1] - window
+    dominant = jax.nn.one_hot(jnp.argmax(weights[..., :past], -1), weights.shape[-1], dtype=bool)
+    rest = jnp.where(dominant, 0.0, weights)
+    values = v[:, :, :past]
+    output = window_outputs(weights[..., :past], values)
+    odds = weights / (1.0 - jnp.where(dominant, 0.0, weights))
+    scores = odds[..., :past] * _distance(output, values, factor) ** tau
+
+    remaining = jnp.maximum(jnp.sum(rest, axis=-1), _TINY)  # 1 - ā of the dominant key
+    without = window_outputs(rest[..., :past] / remaining[..., None], values)
+    weight = jnp.sum(jnp.where(dominant, weights, 0.0), axis=-1)
+    gap = without - window_outputs(dominant[..., :past].astype(jnp.float32), values)
+    norm = jnp.linalg.norm(jnp.einsum("bnh,nhr->bnr", gap, factor), axis=-1)
+    exact = weight * remaining ** (tau - 1.0) * norm**tau
+    return jnp.where(dominant[..., :past], exact[..., None], scores)
+
+
+def per_query_reconstruction(
+    weights: Float[Array, "B N W T"],
+    v: Float[Array, "B K T H"],
+    factor: Float[Array, "N H R"],
+    row_weights: Float[Array, " W"],
+    *,
+    relative: bool = False,
+) -> Float[Array, "B N P"]:
+    """Odds times distance of every query, then averaged over the window (Eq. 7 of the paper).
+
+        I_t[n] = A_t[n] / (1 - A_t[n]) · ‖(o_t - v_n) W_O‖,    I[n] = Σ_t row_weights_t I_t[n],
+    where o_t sums over all keys that query t sees.
+
+    Args:
+        weights: A_t.
+        v: values.
+        factor: see `output_factor`.
+        row_weights: weight of each query in the average.
+        relative: divide I_t by ‖o_t W_O‖.
+
+    Returns:
+        I of the T - W past keys, finite for any weights.
+    """
+    group = weights.shape[1] // v.shape[1]
+    past = weights.shape[-1] - weights.shape[-2]
+
+    def head(args: tuple[Array, Array, Array]) -> Array:
+        a, r, kv_head = args  # [B, W, T], [H, R], []
+        values = jnp.take(v, kv_head, axis=1).astype(jnp.float32) @ r  # [B, T, R]
+        dominant = jax.nn.one_hot(jnp.argmax(a, -1), a.shape[-1], dtype=bool)
+        rest = jnp.where(dominant, 0.0, a)
+        output = a @ values
+        error = a / (1.0 - jnp.where(dominant, 0.0, a)) * _pairwise_distance(output, values)
+        remaining = jnp.maximum(jnp.sum(rest, axis=-1, keepdims=True), _TINY)
+        gap = (rest / remaining) @ values - dominant.astype(jnp.float32) @ values
+        exact = jnp.max(a, axis=-1, keepdims=True) * jnp.linalg.norm(gap, axis=-1, keepdims=True)
+        error = jnp.where(dominant, exact, error)
+        if relative:
+            error /= jnp.maximum(jnp.linalg.norm(output, axis=-1, keepdims=True), _TINY)
+        return jnp.einsum("bwt,w->bt", error, row_weights)[:, :past]
+
+    kv_heads = jnp.arange(weights.shape[1]) // group
+    scores = jax.lax.map(head, (jnp.moveaxis(weights, 1, 0), factor, kv_heads))
+    return jnp.moveaxis(scores, 0, 1)
+
+
+def _distance(
+    output: Float[Array, "B N H"], v: Float[Array, "B K P H"], factor: Float[Array, "N H R"]
+) -> Float[Array, "B N P"]:
+    """‖(o - v_l) R‖ for each head and key; one head's [P, R] at a time."""
+    group = output.shape[1] // v.shape[1]
+
+    def head(args: tuple[Array, Array, Array]) -> Array:
+        o, r, kv_head = args
+        return jnp.linalg.norm((o[:, None] - jnp.take(v, kv_head, axis=1)) @ r, axis=-1)
+
+    kv_heads = jnp.arange(output.shape[1]) // group
+    return jnp.moveaxis(jax.lax.map(head, (jnp.moveaxis(output, 1, 0), factor, kv_heads)), 0, 1)
+
+
+def _pairwise_distance(x: Float[Array, "B W R"], y: Float[Array, "B T R"]) -> Float[Array, "B W T"]:
+    """‖x_w - y_t‖ by subtraction, one coordinate at a time: [W, T] is the largest array."""
+    x_columns, y_columns = jnp.moveaxis(x, -1, 0), jnp.moveaxis(y, -1, 0)
+
+    def add(total: Array, columns: tuple[Array, Array]) -> tuple[Array, None]:
+        a, b = columns
+        return total + jnp.square(a[:, :, None] - b[:, None, :]), None
+
+    zero = jnp.zeros((*x.shape[:2], y.shape[1]), jnp.float32)
+    return jnp.sqrt(jax.lax.scan(add, zero, (x_columns, y_columns), unroll=8)[0])

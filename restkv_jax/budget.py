@@ -1,0 +1,64 @@
+"""Budgets: how many slots a head may keep, as a count or as a share of the prompt."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+Budget = int | float
+
+
+def check_budget(budget: Budget, *, window: int) -> None:
+    """Refuses a budget that no policy with this window could meet.
+
+    Raises:
+        ValueError: not a whole number of slots above `window`, nor a ratio within (0, 1].
+    """
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise ValueError(f"budget: expected slots (int) or a ratio (float), got {budget!r}")
+    if isinstance(budget, float):
+        if not 0.0 < budget <= 1.0:
+            raise ValueError(f"budget: a ratio lies within (0, 1], got {budget!r}")
+    elif budget <= window:
+        raise ValueError(
+            f"budget: {budget} slots do not hold the window of {window} tokens that is always "
+            "kept; give more than that, or a smaller window"
+        )
+
+
+def slot_capacity(budget: Budget, tokens: int, *, window: int) -> int:
+    """Slots to allocate, static: the budget, or the ratio's share of `tokens` columns."""
+    if isinstance(budget, int):
+        return budget
+    return max(math.ceil(budget * tokens), window + 1)
+
+
+def row_budget(
+    budget: Budget, lengths: Int[Array, " B"], *, window: int, capacity: int
+) -> Int[Array, " B"]:
+    """Slots that each row may fill, at most `capacity`; a ratio is of the row's own length."""
+    if isinstance(budget, int):
+        return jnp.full_like(lengths, min(budget, capacity))
+    share = jnp.round(budget * lengths).astype(lengths.dtype)
+    return jnp.clip(share, min(window + 1, capacity), capacity)
+
+
+def pyramid_past(past: int, columns: int, *, layer: int, num_layers: int) -> int:
+    """Past tokens that PyramidKV gives to a layer: many at the bottom, few at the top.
+
+    Args:
+        past: tokens kept on average, the window not counted.
+        columns: past tokens that there are.
+        layer: index of the layer.
+        num_layers: layers of the model.
+
+    Returns:
+        Past tokens to keep; linear in the layer, with the released code's integer arithmetic.
+    """
+    low = past // 20
+    high = 2 * past - low
+    if high >= columns:
+        high, low = columns, 2 * past - columns
+    return high - layer * ((high - low) // (num_layers - 1))

@@ -1,0 +1,66 @@
+"""What a training stack imports: pure functions on arrays and pytrees.
+
+With a model that follows the `CausalLM` protocol::
+
+    plan = CachePlan(policy=RestKV(), budget=512, headroom=128)
+    logits, (cache,) = prefill(model, tokens, valid, plans=(plan,))
+    state = init_decode(logits, cache, row_keys(seed, batch), limit, stop_tokens)
+    state, tokens, logprobs = decode_chunk(model, state, stop_tokens, steps=32)
+
+or `generate` for all of it. None of them but `generate` ever talks to the host. With the arrays
+of any model's attention: `layer_inputs`, then `score`, `select` or `compress`.
+"""
+
+from restkv_jax.cache import KVCache, LayerStack, init_cache
+from restkv_jax.decode_loop import DecodeState, decode_chunk, decode_step, init_decode
+from restkv_jax.generate import (
+    Generation,
+    bucket_length,
+    continue_from,
+    generate,
+    pad_prompts,
+)
+from restkv_jax.layer import CompressedLayer, LayerInputs, compress, layer_inputs, score, select
+from restkv_jax.plan import CachePlan
+from restkv_jax.policies import POLICIES, Ablation, Full, Policy, RestKV, SnapKV, Streaming
+from restkv_jax.prefill import align_right, prefill
+from restkv_jax.protocols import Attend, CausalLM, LayerSpec
+from restkv_jax.sampling import GREEDY, Sampling, row_keys, sample
+
+__all__ = [
+    "GREEDY",
+    "POLICIES",
+    "Ablation",
+    "Attend",
+    "CachePlan",
+    "CausalLM",
+    "CompressedLayer",
+    "DecodeState",
+    "Full",
+    "Generation",
+    "KVCache",
+    "LayerInputs",
+    "LayerSpec",
+    "LayerStack",
+    "Policy",
+    "RestKV",
+    "Sampling",
+    "SnapKV",
+    "Streaming",
+    "align_right",
+    "bucket_length",
+    "compress",
+    "continue_from",
+    "decode_chunk",
+    "decode_step",
+    "generate",
+    "init_cache",
+    "init_decode",
+    "layer_inputs",
+    "pad_prompts",
+    "prefill",
+    "row_keys",
+    "sample",
+    "score",
+    "select",
+]

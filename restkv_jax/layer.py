@@ -1,0 +1,171 @@
+"""One layer's attention as a policy sees it, and the compression of its K/V."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.masked_eviction import compact
+from pallas_kernels.window_scores import output_factor, window_attention
+from restkv_jax.protocols import LayerSpec
+
+if TYPE_CHECKING:
+    from restkv_jax.policies.base import Policy
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LayerInputs:
+    """What a policy may look at: one layer, rows aligned to the right.
+
+    Attributes:
+        q: [B, N, Q, H] the last Q queries; query row i of Q sits at key column T - Q + i.
+        k: [B, K, T, H] keys.
+        v: [B, K, T, H] values.
+        factor: [N, H, R] with factor · factorᵀ = W_O W_Oᵀ for each head.
+        lengths: [B] tokens in each row: the last `lengths` columns are valid.
+        spec: static shape and arithmetic of the layer.
+    """
+
+    q: Float[Array, "B N Q H"]
+    k: Float[Array, "B K T H"]
+    v: Float[Array, "B K T H"]
+    factor: Float[Array, "N H R"]
+    lengths: Int[Array, " B"]
+    spec: LayerSpec = dataclasses.field(metadata={"static": True})
+
+    @property
+    def columns(self) -> int:
+        """T."""
+        return self.k.shape[2]
+
+    @property
+    def valid(self) -> Bool[Array, "B T"]:
+        """True for columns that hold a token."""
+        return jnp.arange(self.columns) >= self.columns - self.lengths[:, None]
+
+    def window_weights(self, window: int) -> Float[Array, "B N W T"]:
+        """Softmax attention of the last `window` queries, causal, padding left out."""
+        query = self.columns - window + jnp.arange(window)[:, None]
+        distance = query - jnp.arange(self.columns)
+        seen = distance >= 0
+        if self.spec.window is not None:
+            seen &= distance < self.spec.window
+        return window_attention(
+            self.q[:, :, -window:],
+            self.k,
+            seen & self.valid[:, None],
+            scale=self.spec.scale,
+            softcap=self.spec.softcap,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class CompressedLayer:
+    """The K/V that one layer keeps; J heads, K or N of them by the policy's granularity.
+
+    Attributes:
+        k: [B, J, C, H] keys in order of position.
+        v: [B, J, C, H] values.
+        positions: [B, J, C] each entry's position in its row, -1 for an empty slot.
+    """
+
+    k: Float[Array, "B J C H"]
+    v: Float[Array, "B J C H"]
+    positions: Int[Array, "B J C"]
+
+
+def layer_inputs(
+    q: Float[Array, "B N Q H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    w_o: Float[Array, "N H D"],
+    *,
+    lengths: Int[Array, " B"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+) -> LayerInputs:
+    """Wraps one layer's arrays for `score`, `select` and `compress`.
+
+    Args:
+        q: the last Q queries after rotary embedding; policies need at least their window.
+        k: keys after rotary embedding, right-aligned: padding comes first.
+        v: values.
+        w_o: output projection by head, or its `output_factor`.
+        lengths: tokens in each row; all T by default.
+        scale: factor on q·k, 1 / sqrt(H) by default.
+        softcap: of the attention logits, if the model has one.
+        sliding_window: of this layer, if it has one.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    batch, heads, _, size = q.shape
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != size or heads % k.shape[1]:
+        raise ValueError(
+            "q, k, v: expected [B, N, Q, H] and twice [B, K, T, H] with N a multiple of K, got "
+            f"{q.shape}, {k.shape}, {v.shape}"
+        )
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(f"q: {q.shape[2]} queries, but only {k.shape[2]} keys")
+    if w_o.shape[:2] != (heads, size):
+        raise ValueError(f"w_o: expected [N, H, D] = [{heads}, {size}, D], got {w_o.shape}")
+    spec = LayerSpec(
+        num_heads=heads,
+        num_kv_heads=k.shape[1],
+        head_dim=size,
+        scale=size**-0.5 if scale is None else scale,
+        softcap=softcap,
+        window=sliding_window,
+    )
+    if lengths is None:
+        lengths = jnp.full(batch, k.shape[2], jnp.int32)
+    return LayerInputs(q=q, k=k, v=v, factor=output_factor(w_o), lengths=lengths, spec=spec)
+
+
+def score(
+    policy: Policy, layer: LayerInputs, *, capacity: int, budget: Int[Array, " B"] | None = None
+) -> Float[Array, "B J T"]:
+    """Importance of every column: +inf for what is always kept, -inf for padding.
+
+    Args:
+        policy: the eviction policy.
+        layer: one layer's attention.
+        capacity: C, static number of slots.
+        budget: slots that each row may fill, C by default.
+    """
+    if budget is None:
+        budget = jnp.full_like(layer.lengths, capacity)
+    return policy.importance(layer, capacity, budget)
+
+
+def select(
+    policy: Policy, layer: LayerInputs, *, capacity: int, budget: Int[Array, " B"] | None = None
+) -> Int[Array, "B J C"]:
+    """Columns that stay, ascending, -1 for empty slots. Arguments as in `score`."""
+    if budget is None:
+        budget = jnp.full_like(layer.lengths, capacity)
+    kept = min(capacity, layer.columns)
+    columns = policy.select(layer, kept, jnp.minimum(budget, kept))
+    empty = ((0, 0), (0, 0), (0, capacity - kept))
+    return jnp.pad(columns, empty, constant_values=-1)
+
+
+def compress(
+    policy: Policy, layer: LayerInputs, *, capacity: int, budget: Int[Array, " B"] | None = None
+) -> CompressedLayer:
+    """Keeps what `select` chooses. Arguments as in `score`; empty slots hold zeros."""
+    columns = select(policy, layer, capacity=capacity, budget=budget)
+    filled = columns >= 0
+    first = (layer.columns - layer.lengths)[:, None, None]
+    return CompressedLayer(
+        k=jnp.where(filled[..., None], compact(layer.k, columns), 0),
+        v=jnp.where(filled[..., None], compact(layer.v, columns), 0),
+        positions=jnp.where(filled, columns - first, -1),
+    )

@@ -1,0 +1,137 @@
+"""ReST-KV: keep what the layer's output could not be rebuilt without (An et al., 2605.08840)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.window_scores import aggregated_reconstruction, per_query_reconstruction
+from restkv_jax.layer import LayerInputs
+from restkv_jax.policies.base import WindowPolicy, require, require_choice
+from restkv_jax.smoothing import (
+    Temporal,
+    adaptive_pool,
+    adaptive_window,
+    attention_drift,
+    average_pool,
+    max_pool,
+    temporal_weights,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RestKV(WindowPolicy):
+    """Reconstruction error of the layer's output, smoothed over time and space.
+
+    The defaults are the released code's headline setting (`released()`); `paper()` is the form
+    that the paper's equations state.
+
+    Attributes:
+        form: "after" averages the window's attention first and scores once; "before" scores
+            every query (Eq. 7) and averages the scores.
+        temporal: how the window's queries are averaged, see `smoothing.temporal_weights`.
+        alpha: weight of the newest query in the moving average.
+        tau: exponent of the distance, form "after" only.
+        relative: divide by the norm of the output, form "before" only.
+        project: measure distances after the output projection W_O.
+        spatial: "adaptive", "avgpool", "maxpool" or "none".
+        kernel: pooling width, odd; the least width of the adaptive window.
+        scale: positions of drift that widen the adaptive window by two.
+    """
+
+    name: ClassVar[str] = "restkv"
+
+    form: Literal["after", "before"] = "after"
+    temporal: Temporal = "ema"
+    alpha: float = 0.3
+    tau: float = 1.0
+    relative: bool = False
+    project: bool = True
+    spatial: Literal["adaptive", "avgpool", "maxpool", "none"] = "adaptive"
+    kernel: int = 5
+    scale: float = 2000.0
+
+    @classmethod
+    def released(cls, **options: object) -> RestKV:
+        """The released code's headline setting: attention averaged first, then odds x distance."""
+        return cls(**{"form": "after", **options})  # type: ignore[arg-type]
+
+    @classmethod
+    def paper(cls, **options: object) -> RestKV:
+        """The paper's equations: Eq. 7 for every query, then the moving average."""
+        return cls(**{"form": "before", **options})  # type: ignore[arg-type]
+
+    def __post_init__(self) -> None:
+        """Refuses options that make no sense.
+
+        Raises:
+            ValueError: naming the option.
+        """
+        WindowPolicy.__post_init__(self)
+        require_choice("form", self.form, ("after", "before"))
+        require_choice("temporal", self.temporal, ("ema", "mean", "inverse_ema", "last"))
+        require_choice("spatial", self.spatial, ("adaptive", "avgpool", "maxpool", "none"))
+        require(0.0 < self.alpha <= 1.0, "alpha", "a number within (0, 1]", self.alpha)
+        require(self.tau > 0.0, "tau", "a positive number", self.tau)
+        require(self.kernel >= 1 and self.kernel % 2 == 1, "kernel", "an odd number", self.kernel)
+        require(self.scale > 0.0, "scale", "a positive number", self.scale)
+        require(self.form == "after" or self.tau == 1.0, "tau", '1 with form "before"', self.tau)
+        require(
+            self.form == "before" or not self.relative,
+            "relative",
+            'False with form "after"',
+            self.relative,
+        )
+
+    def past_scores(
+        self, layer: LayerInputs, capacity: int, budget: Int[Array, " B"]
+    ) -> Float[Array, "B N P"]:
+        """Reconstruction errors, pooled over neighbouring positions."""
+        weights = layer.window_weights(self.window)
+        scores = self._reconstruction(layer, weights)
+        valid = layer.valid[:, None, : scores.shape[-1]]
+        if self.spatial == "none":
+            return scores
+        if self.spatial == "adaptive":
+            return self._adaptive(layer, weights, scores, capacity, budget)
+        pool = average_pool if self.spatial == "avgpool" else max_pool
+        return pool(scores, valid, self.kernel)
+
+    def _reconstruction(
+        self, layer: LayerInputs, weights: Float[Array, "B N W T"]
+    ) -> Float[Array, "B N P"]:
+        factor = layer.factor
+        if not self.project:
+            size = layer.spec.head_dim
+            factor = jnp.broadcast_to(jnp.eye(size), (layer.spec.num_heads, size, size))
+        rows = temporal_weights(self.temporal, self.window, self.alpha)
+        if self.form == "before":
+            return per_query_reconstruction(weights, layer.v, factor, rows, relative=self.relative)
+        averaged = (weights * rows[:, None]).sum(axis=2)
+        return aggregated_reconstruction(
+            averaged, layer.v, factor, window=self.window, tau=self.tau if self.project else 1.0
+        )
+
+    def _adaptive(
+        self,
+        layer: LayerInputs,
+        weights: Float[Array, "B N W T"],
+        scores: Float[Array, "B N P"],
+        capacity: int,
+        budget: Int[Array, " B"],
+    ) -> Float[Array, "B N P"]:
+        drift = attention_drift(weights, budget, capacity=capacity)
+        kernels, shifts = adaptive_window(drift, kernel=self.kernel, scale=self.scale)
+        most = int(layer.columns // self.scale)  # |drift| < T bounds both, statically
+        first = (layer.columns - layer.lengths).clip(0, scores.shape[-1] - 1)
+        return adaptive_pool(
+            scores,
+            first,
+            kernels,
+            shifts,
+            max_kernel=max(self.kernel, 2 * most + 1),
+            max_shift=most + 1,
+        )

@@ -1,0 +1,162 @@
+"""Prefill: the prompt's forward pass, each layer's K/V evicted as soon as it was used."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.window_scores import output_factor
+from restkv_jax.attention import causal_attention
+from restkv_jax.cache import KVCache, init_cache
+from restkv_jax.layer import CompressedLayer, LayerInputs, compress
+from restkv_jax.plan import CachePlan
+from restkv_jax.protocols import CausalLM, LayerSpec
+
+
+def align_right(
+    tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]
+) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+    """Moves each row's tokens to the right end.
+
+    Args:
+        tokens: padded on the left, on the right, or on both sides.
+        valid: True for tokens; one contiguous run in each row.
+
+    Returns:
+        The moved tokens, and the number of tokens in each row.
+    """
+    columns = tokens.shape[1]
+    trailing = jnp.argmax(valid[:, ::-1], axis=1)[:, None]
+    source = (jnp.arange(columns) - trailing) % columns
+    return jnp.take_along_axis(tokens, source, axis=1), jnp.sum(valid, axis=1, dtype=jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("plans",))
+def prefill(
+    model: CausalLM,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    *,
+    plans: tuple[CachePlan, ...],
+) -> tuple[Float[Array, "B V"], tuple[KVCache, ...]]:
+    """Runs the prompt once and fills one compressed cache for each plan.
+
+    Attention is exact, over the whole prompt. Eviction happens inside the loop over layers, so
+    the full-length K/V of one layer at a time is alive; and since no layer's input depends on
+    what another one evicted, one pass serves any number of plans.
+
+    Args:
+        model: see `CausalLM`.
+        tokens: prompts, padded on either side to a common length (pad to a few lengths only,
+            see `bucket_length`: each new one compiles).
+        valid: True for tokens, one contiguous run of at least one in each row.
+        plans: what to keep, static.
+
+    Returns:
+        Logits of each row's last token in float32, and a cache for each plan.
+    """
+    tokens, lengths = align_right(tokens, valid)
+    batch, columns = tokens.shape
+    positions = jnp.maximum(jnp.arange(columns) - (columns - lengths[:, None]), -1)
+    specs = model.layer_specs
+    caches = tuple(
+        init_cache(specs, plan, batch=batch, prompt_columns=columns, dtype=model.kv_dtype)
+        for plan in plans
+    )
+
+    def attend(
+        layer: int | Array,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        w_o: Float[Array, "N H D"],
+        caches: tuple[KVCache, ...],
+    ) -> tuple[Float[Array, "B T N H"], tuple[KVCache, ...]]:
+        spec = specs[layer] if isinstance(layer, int) else specs[0]
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+        out, kept = _attend_and_evict(q, k, v, w_o, lengths, spec=spec, plans=plans)
+        caches = tuple(
+            _fill(cache, layer, entry) for cache, entry in zip(caches, kept, strict=True)
+        )
+        return jnp.swapaxes(out, 1, 2), caches
+
+    hidden, caches = model(tokens, positions, attend, caches)
+    logits = model.unembed(hidden[:, -1]).astype(jnp.float32)
+    return logits, tuple(
+        _finish(cache, plan, lengths, columns) for cache, plan in zip(caches, plans, strict=True)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "plans"))
+def _attend_and_evict(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    w_o: Float[Array, "N H D"],
+    lengths: Int[Array, " B"],
+    *,
+    spec: LayerSpec,
+    plans: tuple[CachePlan, ...],
+) -> tuple[Float[Array, "B N T H"], tuple[CompressedLayer, ...]]:
+    """One layer's attention, and what each plan keeps of its K/V, as one unit of work.
+
+    Nothing that comes later needs what is kept before the end of the prefill, so a scheduler may
+    put the evictions of all layers last and hold all full-length K/V until then. A barrier ties
+    them to the attention's output. XLA drops barriers on CPU before it schedules; there a
+    conditional, whose results come together, does the same.
+    """
+    queries = min(max([1, *(plan.policy.query_rows for plan in plans)]), k.shape[2])
+
+    def compute(*arrays: Array) -> tuple[Array, tuple[CompressedLayer, ...]]:
+        q, k, v, w_o, lengths = arrays
+        inputs = LayerInputs(
+            q=q[:, :, -queries:],
+            k=k,
+            v=v,
+            factor=output_factor(w_o),
+            lengths=lengths,
+            spec=spec,
+        )
+        kept = tuple(
+            compress(
+                plan.policy,
+                inputs,
+                capacity=plan.prompt_slots(inputs.columns),
+                budget=plan.row_slots(lengths, inputs.columns),
+            )
+            for plan in plans
+        )
+        return causal_attention(q, k, v, lengths, spec=spec), kept
+
+    compute = jax.jit(compute)  # traced once for both branches
+    arrays = (q, k, v, w_o, lengths)
+    shapes = jax.eval_shape(compute, *arrays)
+
+    def nothing(*_: Array) -> tuple[Array, tuple[CompressedLayer, ...]]:
+        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+    def on_cpu(*arrays: Array) -> tuple[Array, tuple[CompressedLayer, ...]]:
+        return jax.lax.cond(jnp.all(arrays[-1] >= 0), compute, nothing, *arrays)
+
+    def elsewhere(*arrays: Array) -> tuple[Array, tuple[CompressedLayer, ...]]:
+        return jax.lax.optimization_barrier(compute(*arrays))
+
+    return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)
+
+
+def _fill(cache: KVCache, layer: int | Array, kept: CompressedLayer) -> KVCache:
+    index, row = cache.place(layer)
+    return cache.with_stack(index, cache.stacks[index].fill(row, kept))
+
+
+def _finish(cache: KVCache, plan: CachePlan, lengths: Int[Array, " B"], columns: int) -> KVCache:
+    used = jnp.minimum(lengths, plan.row_slots(lengths, columns))
+    return dataclasses.replace(
+        cache,
+        stacks=tuple(dataclasses.replace(stack, used=used) for stack in cache.stacks),
+        next_position=lengths,
+    )

@@ -1,0 +1,262 @@
+"""The loop: prompts of both protocols, one call per row, interruption and resumption."""
+
+import contextlib
+import io
+import json
+
+import pytest
+
+from experiments.core.errors import UserError
+from experiments.core.progress import RunProgress
+from experiments.core.results import ResultStore
+from experiments.core.runner import Prompting, build_prompt, evaluate, row_seed
+from experiments.core.session import describe_sets, run_session
+from experiments.core.storage import RowFile
+from experiments.core.tasks import Row, SetSpec, TaskSet
+from experiments.longbench.metrics import score_prediction
+from tests.experiments.fakes import BOS, EOS, TURN_END, CharTokenizer, FakeEngine
+
+POLICIES = ("full", "restkv")
+CHAT = SetSpec(name="chat", prompt="Q: {context} {input}", max_new_tokens=20, metric="qa_f1")
+PLAIN = SetSpec(
+    name="plain",
+    prompt="{context}",
+    max_new_tokens=20,
+    metric="rouge_l",
+    chat=False,
+    first_line_only=True,
+    stop_at_newline=True,
+)
+OFFICIAL = Prompting(
+    protocol="official", max_length=100, eos_ids=(EOS,), turn_end_ids=(TURN_END,), inst_style=True
+)
+RELEASED = Prompting(
+    protocol="released", max_length=100, eos_ids=(EOS,), turn_end_ids=(TURN_END,), inst_style=True
+)
+
+
+def row(i=0):
+    return Row(input=f"in {i}", context=f"text {i}", answers=(f"in {i}", "é"), length=3)
+
+
+SETS = [
+    TaskSet(spec=CHAT, rows=tuple(row(i) for i in range(3)), source="here"),
+    TaskSet(spec=PLAIN, rows=tuple(row(i) for i in range(2)), source="here"),
+]
+
+
+def shown(ids):
+    return "".join({0: "<s>", 1: "</s>", 2: "<t>"}.get(i) or chr(i - 3) for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("spec", "prompting", "chat", "expected", "stop", "least"),
+    [
+        (CHAT, OFFICIAL, True, "<s>user: Q: text 0 in 0<t>bot: ", (EOS, TURN_END), 0),
+        (CHAT, OFFICIAL, False, "<s>Q: text 0 in 0", (EOS, TURN_END), 0),
+        (PLAIN, OFFICIAL, True, "<s>text 0", (EOS, TURN_END, ord("\n") + 3), 1),
+        (CHAT, RELEASED, True, "<s>[INST] Q: text 0 in 0 [/INST]", (EOS,), 1),
+        (PLAIN, RELEASED, True, "<s>[INST] text 0 [/INST]", (EOS,), 1),
+    ],
+)
+def test_build_prompt(spec, prompting, chat, expected, stop, least):
+    prompt = build_prompt(row(), spec, CharTokenizer(chat=chat), prompting)
+    assert shown(prompt.ids) == expected
+    assert prompt.stop_ids == stop
+    assert prompt.min_new_tokens == least
+
+
+def test_truncation_comes_before_the_template_and_after_inst():
+    tokenizer = CharTokenizer()
+    long = Row(input="END", context="START " + "x" * 500, answers=("a",), length=1)
+    official = build_prompt(long, CHAT, tokenizer, OFFICIAL)
+    text = shown(official.ids)
+    assert text.startswith("<s>user: Q: START x")
+    assert text.endswith("x END<t>bot: ")
+    # The beginning-of-sequence token counted in the first half.
+    assert len(official.ids) == 99 + len("_user: _bot: ")
+    released = build_prompt(long, CHAT, tokenizer, RELEASED)
+    assert shown(released.ids).startswith("<s>[INST] Q: START x")
+    assert shown(released.ids).endswith("x END [/INST]")
+    assert len(released.ids) == 100
+
+
+def test_a_model_without_bos_gets_none():
+    prompt = build_prompt(row(), PLAIN, CharTokenizer(bos=False), OFFICIAL)
+    assert BOS not in prompt.ids
+
+
+def test_an_empty_prompt_is_refused():
+    empty = SetSpec(name="e", prompt="{context}", max_new_tokens=1, metric="qa_f1", chat=False)
+    nothing = Row(input="", context="", answers=("a",), length=0)
+    with pytest.raises(UserError, match="set e: a row makes an empty prompt"):
+        build_prompt(nothing, empty, CharTokenizer(bos=False), OFFICIAL)
+
+
+def test_row_seeds_differ():
+    seeds = {row_seed(s, n, i) for s in (0, 1) for n in ("a", "b") for i in (0, 1)}
+    assert len(seeds) == 8
+
+
+def session(folder, engine, sets=SETS, changes=None):
+    made = []
+
+    def make_engine():
+        made.append(1)
+        return engine
+
+    tables = run_session(
+        folder=folder,
+        config={"sets": describe_sets(sets), "policies": list(POLICIES), **(changes or {})},
+        environment={"python": "x"},
+        title="a title",
+        sets=sets,
+        policies=POLICIES,
+        make_engine=make_engine,
+        tokenizer=CharTokenizer(),
+        prompting=OFFICIAL,
+        score=score_prediction,
+        seed=3,
+        progress=RunProgress(io.StringIO()),
+    )
+    return tables, len(made)
+
+
+def files(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("run_meta.json", ".lock", "table.md")
+    }
+
+
+def test_one_call_serves_all_policies(tmp_path):
+    engine = FakeEngine()
+    tables, _ = session(tmp_path, engine)
+    assert [policies for _, policies, _ in engine.calls] == [POLICIES] * 5
+    assert tables[0].columns == ("set", "n", "full", "restkv")
+    predictions = [
+        json.loads(line) for line in (tmp_path / "pred/restkv/chat.jsonl").read_text().splitlines()
+    ]
+    assert [p["index"] for p in predictions] == [0, 1, 2]
+    assert predictions[1]["answers"] == ["in 1", "é"]
+    assert predictions[1]["pred"].startswith("bot:  é restkv")
+    meta = json.loads((tmp_path / "run_meta.json").read_text())
+    assert meta["finished"]
+    assert len(meta["sessions"]) == 1
+    assert meta["seconds"] >= 0
+    assert meta["sessions"][0]["sources"] == {"chat": "here", "plain": "here"}
+    assert meta["config"]["sets"]["chat"]["checksum"] == SETS[0].checksum
+    assert "| chat | 3 |" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("rows", range(5))
+def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, rows, error):
+    session(tmp_path / "whole", FakeEngine())
+    with pytest.raises(error):
+        session(tmp_path / "parts", FakeEngine(fail_after=rows, error=error))
+    assert not (tmp_path / "parts" / "result.json").exists()
+    assert not json.loads((tmp_path / "parts" / "run_meta.json").read_text())["finished"]
+    rest = FakeEngine()
+    session(tmp_path / "parts", rest)
+    assert len(rest.calls) == 5 - rows
+    assert files(tmp_path / "whole") == files(tmp_path / "parts")
+    meta = json.loads((tmp_path / "parts" / "run_meta.json").read_text())
+    assert meta["finished"]
+    assert len(meta["sessions"]) == 2
+
+
+def test_a_kill_in_the_middle_of_a_line_resumes_to_the_same_bytes(tmp_path):
+    session(tmp_path / "whole", FakeEngine())
+    for cut in (1, 30, 200):
+        folder = tmp_path / f"cut{cut}"
+        with pytest.raises(KeyboardInterrupt):
+            session(folder, FakeEngine(fail_after=3))
+        # As if killed while the second policy's last row was being written.
+        path = folder / "pred/restkv/chat.jsonl"
+        path.write_bytes(path.read_bytes()[:-cut])
+        rest = FakeEngine()
+        session(folder, rest)
+        assert rest.calls[0][1] == ("restkv",)
+        predictions = {k: v for k, v in files(folder).items() if not k.startswith("timing/")}
+        assert predictions.items() <= files(tmp_path / "whole").items()
+
+
+def test_a_finished_run_needs_no_engine(tmp_path):
+    session(tmp_path, FakeEngine())
+    before = files(tmp_path)
+    _, made = session(tmp_path, None)
+    assert made == 0
+    assert files(tmp_path) == before
+
+
+def test_another_configuration_is_refused_before_the_engine_is_built(tmp_path):
+    session(tmp_path, FakeEngine())
+    before = files(tmp_path)
+    for changes in ({"seed": 4}, {"sets": describe_sets(SETS[:1])}):
+        with pytest.raises(UserError, match="another configuration"):
+            session(tmp_path, None, changes=changes)
+    assert files(tmp_path) == before
+
+
+def test_an_engine_that_refuses_leaves_nothing_behind(tmp_path):
+    def refuse():
+        raise UserError("--budget 7: too small")
+
+    with pytest.raises(UserError, match="too small"):
+        run_session(
+            folder=tmp_path / "out",
+            config={},
+            environment={},
+            title="",
+            sets=SETS,
+            policies=POLICIES,
+            make_engine=refuse,
+            tokenizer=CharTokenizer(),
+            prompting=OFFICIAL,
+            score=score_prediction,
+            seed=0,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_stops_the_run_and_it_goes_on_later(tmp_path, monkeypatch):
+    session(tmp_path / "whole", FakeEngine())
+    append, count = RowFile.append, [0]
+
+    def append_until_full(self, data):
+        count[0] += 1
+        if count[0] > 6:
+            raise UserError(f"cannot write {self.path}: No space left on device")
+        append(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowFile, "append", append_until_full)
+        with pytest.raises(UserError, match="No space"):
+            session(tmp_path / "parts", FakeEngine())
+    session(tmp_path / "parts", FakeEngine())
+    assert files(tmp_path / "whole") == files(tmp_path / "parts")
+
+
+def test_progress_lines_where_there_is_no_terminal(tmp_path):
+    stream = io.StringIO()
+    config = {"x": 1}
+    options = {
+        "tokenizer": CharTokenizer(),
+        "prompting": OFFICIAL,
+        "progress": RunProgress(stream),
+        "seed": 0,
+    }
+    with ResultStore.open(tmp_path, config) as store:
+        store.write_meta({})
+        with contextlib.suppress(KeyboardInterrupt):
+            evaluate(SETS[:1], POLICIES, engine=FakeEngine(2), store=store, **options)
+    with ResultStore.open(tmp_path, config) as store:
+        evaluate(SETS, POLICIES, engine=FakeEngine(), store=store, **options)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("chat: 3 rows in ")
+    assert lines[0].endswith("2 from an earlier run")
+    assert lines[1].startswith("plain: 2 rows in ")
+    assert lines[1].endswith(" s")

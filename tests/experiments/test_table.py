@@ -1,0 +1,101 @@
+"""Tables: cells, plain text that does not wrap, Markdown."""
+
+import io
+
+import pytest
+
+from experiments.core.environment import environment, git_commit, package_version
+from experiments.core.table import (
+    TextTable,
+    cost_table,
+    human_bytes,
+    markdown,
+    print_tables,
+    score_table,
+)
+
+RESULT = {
+    "score": {"full": {"a": 50.0, "b": 25.0}, "restkv": {"a": 40.0, "b": 5.5}},
+    "standard_error": {"full": {"a": 1.25, "b": None}, "restkv": {"a": 2.0, "b": 0.0}},
+    "n": {"full": {"a": 4, "b": 1}, "restkv": {"a": 4, "b": 1}},
+}
+
+
+def timing(prefill, decode, tokens):
+    return {
+        "prefill_s": prefill,
+        "decode_s": decode,
+        "new_tokens": tokens,
+        "kept_slots": 128.0,
+        "cache_bytes": 3 * 1024**2,
+    }
+
+
+def test_score_table():
+    table = score_table("title", RESULT)
+    assert table.columns == ("set", "n", "full", "restkv")
+    assert table.rows == (
+        ("a", "4", "50.00 ± 1.25", "40.00 ± 2.00"),
+        ("b", "1", "25.00", "5.50 ± 0.00"),
+        ("mean of sets", "", "37.50", "22.75"),
+    )
+
+
+def test_cost_table_takes_medians_of_times():
+    entries = [timing(60.0, 60.0, 10), timing(1.0, 0.1, 10), timing(2.0, 0.2, 10)]
+    table = cost_table({"full": entries, "none": [], "mute": [timing(1.0, 0.0, 0)]})
+    assert table.rows[0] == ("full", "128.0", "3.0 MiB", "2.000", "20.00", "50.0")
+    assert table.rows[1] == ("none", "-", "-", "-", "-", "-")
+    assert table.rows[2][-2:] == ("0.00", "-")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536 * 1024, "1.5 MiB"),
+        (2**45, "32.0 TiB"),
+    ],
+)
+def test_human_bytes(count, text):
+    assert human_bytes(count) == text
+
+
+def test_plain_text_is_complete_however_wide():
+    columns = ("set", *[f"policy-with-a-long-name-{i}" for i in range(12)])
+    rows = tuple(("some set", *["[12.34] ± 1.00"] * 12) for _ in range(2))
+    stream = io.StringIO()
+    print_tables([TextTable("a title", columns, rows)], stream)
+    text = stream.getvalue()
+    assert "…" not in text
+    assert "\x1b" not in text
+    assert text.count("[12.34] ± 1.00") == 24
+    assert all(column in text for column in columns)
+    assert len([line for line in text.splitlines() if line.strip()]) == 4
+
+
+def test_a_terminal_gets_the_same_cells():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    print_tables([score_table("title", RESULT)], stream)
+    assert "mean of sets" in stream.getvalue()
+
+
+def test_markdown():
+    text = markdown([TextTable("t", ("a", "b"), (("x|y", "1"),))])
+    assert text.splitlines() == ["**t**", "", "| a | b |", "| --- | ---: |", "| x\\|y | 1 |"]
+
+
+def test_environment_is_plain_json():
+    import json
+
+    facts = json.loads(json.dumps(environment()))
+    assert facts["packages"]["jax"]
+    assert facts["device"]["count"] >= 1
+    assert package_version("no-such-package") is None
+    assert git_commit() is None or len(git_commit().removesuffix("-dirty")) == 40
