@@ -7,12 +7,15 @@ With a model that follows the `CausalLM` protocol::
     state = init_decode(logits, cache, row_keys(seed, batch), limit, stop_tokens)
     state, tokens, logprobs = decode_chunk(model, state, stop_tokens, steps=32)
 
-or `generate` for all of it. None of them but `generate` ever talks to the host. With the arrays
-of any model's attention: `layer_inputs`, then `score`, `select` or `compress`.
+or `generate` for all of it. None of them but `generate` ever talks to the host.
+`with_output_factors(model)` spares every prefill the factorisation of the output projections, for
+weights that stay as they are. With the arrays of any model's attention: `layer_inputs`, then
+`score`, `select` or `compress`.
 """
 
 from restkv_jax.cache import KVCache, LayerStack, init_cache
 from restkv_jax.decode_loop import DecodeState, decode_chunk, decode_step, init_decode
+from restkv_jax.factors import FactoredLM, with_output_factors
 from restkv_jax.generate import (
     Generation,
     bucket_length,
@@ -36,6 +39,7 @@ __all__ = [
     "CausalLM",
     "CompressedLayer",
     "DecodeState",
+    "FactoredLM",
     "Full",
     "Generation",
     "KVCache",
@@ -63,4 +67,5 @@ __all__ = [
     "sample",
     "score",
     "select",
+    "with_output_factors",
 ]

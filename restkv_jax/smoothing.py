@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.masked_eviction import top_mask
+
 Temporal = Literal["ema", "mean", "inverse_ema", "last"]
 
 
@@ -49,7 +51,7 @@ def max_pool(
 
 
 def attention_drift(
-    weights: Float[Array, "B N W T"], counts: Int[Array, " B"], *, capacity: int
+    weights: Float[Array, "B N W T"], counts: Int[Array, " B"]
 ) -> Float[Array, "B N"]:
     """How far the window's attention moves: the adaptive window's input (Eq. 9).
 
@@ -58,13 +60,14 @@ def attention_drift(
 
     Args:
         weights: window attention over all T columns.
-        counts: positions in each row's sets.
-        capacity: static upper bound of `counts`, at most T.
+        counts: positions in each row's sets, from 1 to T.
     """
-    half = weights.shape[2] // 2
-    top = jax.lax.top_k(weights, capacity)[1]
-    counted = jnp.arange(capacity) < counts[:, None, None, None]
-    means = jnp.sum(jnp.where(counted, top, 0), axis=-1) / counts[:, None, None]
+    columns, half = weights.shape[-1], weights.shape[2] // 2
+    counts = jnp.broadcast_to(counts[:, None, None], weights.shape[:-1])
+    top = top_mask(weights, counts)
+    # Positions from the middle: their int32 sums stay small, and the drift is a difference.
+    from_middle = jnp.arange(columns) - columns // 2
+    means = jnp.sum(jnp.where(top, from_middle, 0), axis=-1) / counts
     return jnp.mean(means[..., :half], axis=-1) - jnp.mean(means[..., half:], axis=-1)
 
 

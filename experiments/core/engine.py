@@ -22,6 +22,7 @@ from restkv_jax.decode import (
     continue_from,
     pad_prompts,
     prefill,
+    with_output_factors,
 )
 
 # Decode steps between two looks at whether the answer has ended; answers are short.
@@ -49,9 +50,9 @@ class EvictionEngine:
         longest_prompt: int,
         weights_bytes: int,
     ) -> None:
-        self._model = model
         self._plans = dict(plans)
         check_memory(model, self._plans, bucket_length(longest_prompt), weights_bytes)
+        self._model = with_output_factors(model)
 
     def answer(
         self,

@@ -90,13 +90,14 @@ class RestKV(WindowPolicy):
         self, layer: LayerInputs, capacity: int, budget: Int[Array, " B"]
     ) -> Float[Array, "B N P"]:
         """Reconstruction errors, pooled over neighbouring positions."""
+        del capacity
         weights = layer.window_weights(self.window)
         scores = self._reconstruction(layer, weights)
         valid = layer.valid[:, None, : scores.shape[-1]]
         if self.spatial == "none":
             return scores
         if self.spatial == "adaptive":
-            return self._adaptive(layer, weights, scores, capacity, budget)
+            return self._adaptive(layer, weights, scores, budget)
         pool = average_pool if self.spatial == "avgpool" else max_pool
         return pool(scores, valid, self.kernel)
 
@@ -120,10 +121,9 @@ class RestKV(WindowPolicy):
         layer: LayerInputs,
         weights: Float[Array, "B N W T"],
         scores: Float[Array, "B N P"],
-        capacity: int,
         budget: Int[Array, " B"],
     ) -> Float[Array, "B N P"]:
-        drift = attention_drift(weights, budget, capacity=capacity)
+        drift = attention_drift(weights, budget.clip(1, layer.columns))
         kernels, shifts = adaptive_window(drift, kernel=self.kernel, scale=self.scale)
         most = int(layer.columns // self.scale)  # |drift| < T bounds both, statically
         first = (layer.columns - layer.lengths).clip(0, scores.shape[-1] - 1)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.masked_eviction import select_slots
+from pallas_kernels.masked_eviction import select_slots, top_mask
 from restkv_jax.decode import (
     POLICIES,
     CachePlan,
@@ -68,6 +68,21 @@ def test_select_slots_takes_the_largest_and_breaks_ties_by_position(rows, capaci
         expected = np.sort(np.asarray(best, int))
         np.testing.assert_array_equal(kept[: expected.size], expected)
         assert (kept[expected.size :] == -1).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    values=st.lists(
+        st.sampled_from([0.0, 1e-38, 0.25, 0.5, 1.0]) | st.floats(0, 1, width=32),
+        min_size=15,
+        max_size=15,
+    ),
+    count=st.integers(1, 15),
+)
+def test_top_mask_is_a_stable_sort(values, count):
+    row = np.asarray(values, np.float32)
+    ours = jax.jit(top_mask)(row[None], jnp.asarray([count]))[0]
+    np.testing.assert_array_equal(np.flatnonzero(ours), oracle.top(row, count))
 
 
 @pytest.mark.parametrize("policy", SCORED, ids=repr)
@@ -199,7 +214,7 @@ def test_drift_and_window_sizes_equal_numpy():
     r = np.random.default_rng(0)
     weights = r.random((1, 3, 6, 40)).astype(np.float32)
     counts = jnp.asarray([7])
-    ours = attention_drift(jnp.asarray(weights), counts, capacity=9)
+    ours = attention_drift(jnp.asarray(weights), counts)
     for n in range(3):
         means = [np.argsort(-row, kind="stable")[:7].mean() for row in weights[0, n]]
         expected = np.mean(means[:3]) - np.mean(means[3:])

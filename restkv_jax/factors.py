@@ -1,0 +1,91 @@
+"""Factors of the output projections, computed once for weights that stay as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from pallas_kernels.window_scores import output_factor
+from restkv_jax.protocols import Attend, CausalLM, LayerSpec, State
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FactoredLM:
+    """A `CausalLM` that hands `attend` the factor of each W_O in place of W_O itself.
+
+    Scores only need W_O W_Oᵀ, so they do not change; but a prefill of the bare model factorises
+    every W_O anew. Make a new one whenever the weights change.
+
+    Attributes:
+        model: the model.
+        factors: [N, H, R] for each layer, see `with_output_factors`.
+    """
+
+    model: CausalLM
+    factors: tuple[Float[Array, "N H R"], ...]
+
+    @property
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """The model's."""
+        return self.model.layer_specs
+
+    @property
+    def kv_dtype(self) -> DTypeLike:
+        """The model's."""
+        return self.model.kv_dtype
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        attend: Attend[State],
+        state: State,
+    ) -> tuple[Float[Array, "B T D"], State]:
+        """Runs the model, W_O exchanged in each call of `attend`; see `CausalLM`."""
+
+        def exchanged(
+            layer: int | Array, q: Array, k: Array, v: Array, w_o: Array, state: State
+        ) -> tuple[Array, State]:
+            del w_o
+            return attend(layer, q, k, v, self.factors[cast(int, layer)], state)
+
+        return self.model(tokens, positions, exchanged, state)
+
+    def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """The model's."""
+        return self.model.unembed(hidden)
+
+
+def with_output_factors(model: CausalLM) -> FactoredLM:
+    """Computes every layer's factor once, for any number of prefills.
+
+    Args:
+        model: a model whose loop over layers is unrolled.
+
+    Raises:
+        ValueError: the model scans over its layers.
+    """
+    return FactoredLM(model=model, factors=_factors(model))
+
+
+@jax.jit
+def _factors(model: CausalLM) -> tuple[Float[Array, "N H R"], ...]:
+    found: list[Array] = []
+
+    def attend(
+        layer: int | Array, q: Array, k: Array, v: Array, w_o: Array, state: None
+    ) -> tuple[Array, None]:
+        del k, v
+        if not isinstance(layer, int):
+            raise ValueError("model: expected an unrolled loop over layers, got a scan")
+        found.append(output_factor(w_o))
+        return jnp.zeros_like(q), state
+
+    token = jnp.zeros((1, 1), jnp.int32)
+    model(token, token, attend, None)
+    return tuple(found)
