@@ -1,0 +1,33 @@
+"""The README's examples run as they stand, one after the other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_examples_run_and_mean_what_they_say(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), names)
+    assert len(names["out"].rows()[0]) <= 16
+    # 30 layers, 3 heads, 128 + 32 slots of 64, keys and values in float32
+    assert names["out"].cache.kv_bytes == 2 * 30 * 3 * 160 * 64 * 4
+    assert names["new_tokens"].shape == names["logprobs"].shape == (2, 8)
+    assert [cache.stacks[0].slots for cache in names["caches"][:2]] == [160, 256]
+    assert names["columns"].shape == (1, 2, 128)
+    np.testing.assert_array_equal(names["kept"].positions, names["columns"])
+    assert np.isinf(names["importance"]).sum() == 2 * 32
+    assert capsys.readouterr().out.count("\n") == 3
+
+
+def test_the_two_commands_come_first():
+    lines = [line for line in README.read_text().splitlines() if line.startswith("pip install ")]
+    assert "experiments.longbench" in lines[0]
+    assert "pytest" in lines[1]
