@@ -87,7 +87,7 @@ def print_tables(tables: Sequence[TextTable], stream: TextIO | None = None) -> N
     stream = sys.stdout if stream is None else stream
     terminal = stream.isatty()
     for table in tables:
-        drawn = Table(title=table.title, title_justify="left", box=None)
+        drawn = Table(box=None)
         if terminal:
             drawn.box = box.SIMPLE_HEAD
         for i, column in enumerate(table.columns):
@@ -100,6 +100,7 @@ def print_tables(tables: Sequence[TextTable], stream: TextIO | None = None) -> N
         )
         width = None if terminal else max(needed, len(table.title)) + 4
         console = Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+        console.print(table.title)  # not as the table's own title, which wraps at its width
         console.print(drawn)
         console.print()
 

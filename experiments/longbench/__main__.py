@@ -81,7 +81,7 @@ def _load(spec: str, dtype: str) -> models.LanguageModel:
     try:
         return models.load(spec, dtype=dtype)
     except models.CheckpointError as error:
-        raise UserError(f"--model {spec}: {error}") from None
+        raise UserError(f"--model: {error}") from None
 
 
 def _max_length(args: argparse.Namespace, context: int | None) -> int:

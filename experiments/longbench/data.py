@@ -133,6 +133,7 @@ def load_hub(specs: Sequence[SetSpec], *, limit: int | None = None) -> list[Task
     """
     import huggingface_hub
 
+    huggingface_hub.utils.logging.set_verbosity_error()  # its retries; the cause follows below
     try:
         archive_path = huggingface_hub.hf_hub_download(HUB_DATA_SET, HUB_FILE, repo_type="dataset")
     # The client lets exceptions of several HTTP libraries through; the user's cure is one.
