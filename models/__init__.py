@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from models import gguf_model, huggingface
+from models import gguf_model, gguf_tokenizer, huggingface
 from models.config import ModelConfig
 from models.errors import CheckpointError
 from models.gguf_file import GGUFStore
@@ -70,7 +70,7 @@ def load(spec: str | Path, *, dtype: str = "float32") -> LanguageModel:
         model = huggingface.read_model(path, jnp.dtype(dtype))
     else:
         store = GGUFStore(path)
-        tokenizer = gguf_model.read_tokenizer(store)
+        tokenizer = gguf_tokenizer.read_tokenizer(store)
         eos_ids = ()
         model = gguf_model.read_model(store, jnp.dtype(dtype))
     return LanguageModel(

@@ -59,14 +59,15 @@ class SentencePieceBackend:
     """A `tokenizer.model`, with special tokens split off before it sees the text.
 
     Args:
-        path: the model file.
+        proto: content of the model file.
+        origin: the file, for error messages.
         added: special string -> id; None takes the control pieces of the file.
         skipped: ids that `decode(skip_special=True)` leaves out; None for all of `added`.
         prefix_everywhere: whether text after a special token gets the dummy prefix too, as
             text at the very start does.
 
     Raises:
-        CheckpointError: the file is missing or not a sentencepiece model.
+        CheckpointError: `proto` is not a sentencepiece model.
     """
 
     # A ModelProto that holds only `normalizer_spec { add_dummy_prefix: false }`. Protocol
@@ -75,20 +76,20 @@ class SentencePieceBackend:
 
     def __init__(
         self,
-        path: Path,
+        proto: bytes,
         *,
+        origin: Path,
         added: Mapping[str, int] | None,
         skipped: frozenset[int] | None = None,
         prefix_everywhere: bool,
     ) -> None:
         try:
-            proto = path.read_bytes()
             self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
             inner = self._model
             if not prefix_everywhere:
                 inner = sentencepiece.SentencePieceProcessor(model_proto=proto + self._NO_PREFIX)
-        except (OSError, RuntimeError) as err:
-            raise CheckpointError(f"{path}: not a sentencepiece model ({err})") from err
+        except RuntimeError as err:
+            raise CheckpointError(f"{origin}: not a sentencepiece model ({err})") from err
         self._inner = inner
         if added is None:
             added = {

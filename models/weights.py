@@ -13,9 +13,10 @@ from flax import nnx
 from jaxtyping import DTypeLike
 
 from models.config import ModelConfig
+from models.decoder import Decoder
 from models.errors import CheckpointError
-from models.llama import Llama
 from models.names import Source
+from models.registry import make_network
 
 _SHOWN_PROBLEMS = 8
 
@@ -46,7 +47,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[path] = shape
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    Llama(config, record)
+    make_network(config, record)
     return shapes
 
 
@@ -55,7 +56,7 @@ def build(
     store: TensorStore,
     source_of: Callable[[str, ModelConfig], Source],
     dtype: DTypeLike,
-) -> Llama:
+) -> Decoder:
     """Builds the network with the weights of a checkpoint.
 
     Args:
@@ -82,12 +83,13 @@ def build(
 
     def weights(path: str, _: tuple[int, ...]) -> jax.Array:
         source = sources[path]
+        stored = source.convert(store.read(source.name))
         # A copy: the stored tensor may be a view of a file that is closed or changed later.
-        value = source.convert(jnp.array(store.read(source.name))).astype(dtype)
+        value = jnp.asarray(np.array(stored, jnp.dtype(dtype), order="C"))
         finite[source.name] = jnp.isfinite(value).all()
         return value
 
-    model = Llama(config, weights)
+    model = make_network(config, weights)
     # Asked once at the end: each answer is a wait for the device.
     bad = [f"{name} holds NaN or infinity" for name, ok in finite.items() if not bool(ok)]
     raise_problems(store.path, bad)
