@@ -13,7 +13,7 @@ from models.errors import CheckpointError
 from models.gguf_file import GGUFStore
 from models.names import gguf_source
 from models.rope import LinearScaling, RopeConfig
-from models.weights import build
+from models.weights import Sharding, build
 
 # llama.cpp's name of an architecture -> the hub's.
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "gemma3": "Gemma3ForCausalLM"}
@@ -23,7 +23,7 @@ _GEMMA3_27B_LAYERS = 62
 _GEMMA3_PERIOD = 6
 
 
-def read_model(store: GGUFStore, dtype: DTypeLike) -> Decoder:
+def read_model(store: GGUFStore, dtype: DTypeLike, sharding: Sharding | None) -> Decoder:
     """Builds the network of a GGUF file.
 
     Raises:
@@ -34,7 +34,7 @@ def read_model(store: GGUFStore, dtype: DTypeLike) -> Decoder:
         config = _read_config(store)
     except (TypeError, ValueError) as err:
         raise CheckpointError(f"{store.path}: {err}") from err
-    return build(config, store, gguf_source, dtype)
+    return build(config, store, gguf_source, dtype, sharding)
 
 
 def _read_config(store: GGUFStore) -> ModelConfig:

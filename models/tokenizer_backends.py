@@ -43,6 +43,10 @@ class TokenizersBackend:
         """See `models.tokenizer.Backend`."""
         return self._pipeline.token_to_id(token)
 
+    def save(self, folder: Path) -> None:
+        """Writes `tokenizer.json`."""
+        self._pipeline.save(str(folder / "tokenizer.json"))
+
     def prefix(self) -> list[int]:
         """The ids that the pipeline itself puts around an empty text."""
         return self._pipeline.encode("", add_special_tokens=True).ids
@@ -91,6 +95,7 @@ class SentencePieceBackend:
         except RuntimeError as err:
             raise CheckpointError(f"{origin}: not a sentencepiece model ({err})") from err
         self._inner = inner
+        self._proto = proto
         if added is None:
             added = {
                 self._model.id_to_piece(i): i
@@ -141,6 +146,10 @@ class SentencePieceBackend:
         token_id = self._model.piece_to_id(token)
         return None if self._model.is_unknown(token_id) else token_id
 
+    def save(self, folder: Path) -> None:
+        """Writes `tokenizer.model`."""
+        (folder / "tokenizer.model").write_bytes(self._proto)
+
 
 class MissingBackend:
     """Stands in where a checkpoint has no tokenizer: the model runs, on ids only.
@@ -165,6 +174,9 @@ class MissingBackend:
     def token_id(self, token: str) -> int | None:  # noqa: ARG002
         """None: there are no tokens."""
         return None
+
+    def save(self, folder: Path) -> None:
+        """Writes nothing: there is nothing."""
 
     def _fail(self) -> NoReturn:
         raise CheckpointError(f"{self._folder}: no tokenizer.json and no tokenizer.model")
