@@ -7,15 +7,15 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from models import gguf_model, huggingface
+from models import gguf_model, gguf_tokenizer, huggingface, orbax_folder
 from models.config import ModelConfig
+from models.decoder import Decoder
 from models.errors import CheckpointError
 from models.gguf_file import GGUFStore
 from models.llama import Llama
 from models.sources import resolve
 from models.tokenizer import Tokenizer
-from models.weights import weights_bytes
-from restkv_jax.protocols import CausalLM
+from models.weights import Sharding, weights_bytes
 
 __all__ = ["CheckpointError", "LanguageModel", "Llama", "ModelConfig", "Tokenizer", "load"]
 
@@ -37,7 +37,7 @@ class LanguageModel:
     """
 
     name: str
-    model: CausalLM
+    model: Decoder
     tokenizer: Tokenizer
     config: ModelConfig
     eos_ids: tuple[int, ...]
@@ -45,21 +45,26 @@ class LanguageModel:
     weights_bytes: int
 
 
-def load(spec: str | Path, *, dtype: str = "float32") -> LanguageModel:
+def load(
+    spec: str | Path, *, dtype: str = "float32", sharding: Sharding | None = None
+) -> LanguageModel:
     """Loads a model.
 
     Args:
-        spec: a checkpoint folder in the hub's layout, a `.gguf` file, a hub id "owner/name", or
-            "smollm2-135m-instruct" (see `models.sources`).
+        spec: a checkpoint folder in the hub's layout or as `models.convert` writes it, a `.gguf`
+            file, a hub id "owner/name", or a small model's name (see `models.sources.NAMED`).
         dtype: of weights and activations, "float32" or "bfloat16"; normalisation, softmax and
             logits are float32 in both.
+        sharding: from a parameter's path and shape to where it goes, see `models.weights`; by
+            default all are on the default device. Tensors are placed one at a time, so the host
+            holds about one of them.
 
     Returns:
         The model, complete: every parameter comes from the checkpoint.
 
     Raises:
         CheckpointError: the model is not found, damaged, incomplete or unsupported.
-        ValueError: `dtype` is neither of the two.
+        ValueError: `dtype` is neither of the two, or a sharding does not fit its parameter.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}: must be one of {', '.join(_DTYPES)}")
@@ -67,12 +72,13 @@ def load(spec: str | Path, *, dtype: str = "float32") -> LanguageModel:
     if path.is_dir():
         tokenizer = huggingface.read_tokenizer(path)
         eos_ids = huggingface.read_eos_ids(path)
-        model = huggingface.read_model(path, jnp.dtype(dtype))
+        reader = orbax_folder if orbax_folder.is_converted(path) else huggingface
+        model = reader.read_model(path, jnp.dtype(dtype), sharding)
     else:
         store = GGUFStore(path)
-        tokenizer = gguf_model.read_tokenizer(store)
+        tokenizer = gguf_tokenizer.read_tokenizer(store)
         eos_ids = ()
-        model = gguf_model.read_model(store, jnp.dtype(dtype))
+        model = gguf_model.read_model(store, jnp.dtype(dtype), sharding)
     return LanguageModel(
         name=str(spec),
         model=model,

@@ -11,7 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class ChatTemplate:
-    """A Jinja template as checkpoints carry it, run in a sandbox.
+    """A Jinja template as checkpoints carry it, run in a sandbox; keeps its `source`.
 
     Args:
         source: the template's text.
@@ -29,6 +29,7 @@ class ChatTemplate:
         # Jinja's own filter escapes for HTML, which would change the prompt.
         environment.filters["tojson"] = _to_json
         self._special_tokens = dict(special_tokens)
+        self.source = source
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as err:

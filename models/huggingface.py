@@ -11,30 +11,39 @@ from jaxtyping import DTypeLike
 
 from models.chat import ChatTemplate
 from models.config import ModelConfig
+from models.decoder import Decoder
 from models.errors import CheckpointError
-from models.llama import Llama
 from models.names import hf_source
 from models.safetensors_file import SafetensorsStore, read_json
 from models.tokenizer import Tokenizer
 from models.tokenizer_backends import MissingBackend, SentencePieceBackend, TokenizersBackend
-from models.weights import build
+from models.weights import Sharding, build
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def read_model(folder: Path, dtype: DTypeLike) -> Llama:
+def read_model(folder: Path, dtype: DTypeLike, sharding: Sharding | None) -> Decoder:
     """Loads `config.json` and the safetensors of a folder.
 
     Raises:
         CheckpointError: see `ModelConfig.from_hf`, `SafetensorsStore` and `build`.
     """
+    config = read_config(folder)
+    return build(config, SafetensorsStore(folder), hf_source, dtype, sharding)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Reads `config.json`.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or see `ModelConfig.from_hf`.
+    """
     path = folder / "config.json"
     content = read_json(path)
     try:
-        config = ModelConfig.from_hf(content)
+        return ModelConfig.from_hf(content)
     except (TypeError, ValueError) as err:
         raise CheckpointError(f"{path}: {err}") from err
-    return build(config, SafetensorsStore(folder), hf_source, dtype)
 
 
 def read_eos_ids(folder: Path) -> tuple[int, ...]:
@@ -119,12 +128,17 @@ def _read_pipeline(path: Path) -> TokenizersBackend:
 
 
 def _read_sentencepiece(path: Path, config: Mapping[str, Any]) -> SentencePieceBackend:
+    try:
+        proto = path.read_bytes()
+    except OSError as err:
+        raise CheckpointError(f"{path}: cannot be read ({err})") from err
     entries = config.get("added_tokens_decoder")
     legacy = bool(config.get("legacy", True))
     if not entries:
-        return SentencePieceBackend(path, added=None, prefix_everywhere=legacy)
+        return SentencePieceBackend(proto, origin=path, added=None, prefix_everywhere=legacy)
     return SentencePieceBackend(
-        path,
+        proto,
+        origin=path,
         added={entry["content"]: int(i) for i, entry in entries.items()},
         skipped=frozenset(int(i) for i, entry in entries.items() if entry.get("special")),
         prefix_everywhere=legacy,

@@ -25,16 +25,19 @@ Weights = Callable[[str, tuple[int, ...]], jax.Array | jax.ShapeDtypeStruct]
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation with a learned scale; computes in float32."""
 
-    def __init__(self, path: str, size: int, eps: float, weights: Weights) -> None:
+    def __init__(self, path: str, size: int, config: ModelConfig, weights: Weights) -> None:
         self.w = nnx.Param(weights(f"{path}.w", (size,)))
-        self.eps = eps
+        self.eps = config.rms_eps
+        # Added here and not to the weights: in bfloat16 those near 0 are finer than those near 1.
+        self.offset = 1.0 if config.unit_offset else 0.0
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last axis; the result has the dtype of `x`."""
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(mean_square + self.eps)
-        return (normed * _row(self.w[...].astype(jnp.float32), x.ndim)).astype(x.dtype)
+        scale = self.w[...].astype(jnp.float32) + self.offset
+        return (normed * _row(scale, x.ndim)).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -53,17 +56,20 @@ class Linear(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x)), as in SwiGLU and GeGLU."""
 
     def __init__(self, path: str, config: ModelConfig, weights: Weights) -> None:
         width, hidden = config.hidden_size, config.mlp_size
         self.gate = Linear(f"{path}.gate", width, hidden, weights)
         self.up = Linear(f"{path}.up", width, hidden, weights)
         self.down = Linear(f"{path}.down", hidden, width, weights)
+        self.activation = config.activation
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies the network to each token."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate = self.gate(x)
+        gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate)
+        return self.down(gate * self.up(x))
 
 
 class Attention(nnx.Module):
@@ -82,7 +88,7 @@ class Attention(nnx.Module):
         def head_norm(name: str) -> RMSNorm | None:
             if not config.qk_norm:
                 return None
-            return RMSNorm(f"{path}.{name}", config.head_dim, config.rms_eps, weights)
+            return RMSNorm(f"{path}.{name}", config.head_dim, config, weights)
 
         self.q_norm = head_norm("q_norm")
         self.k_norm = head_norm("k_norm")

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-import jax
+import numpy as np
 
 from models.config import ModelConfig
 
@@ -20,18 +20,22 @@ class Source:
         transposed: stored as [out, in] where we keep [in, out].
         interleaved_heads: if not 0, the number of heads whose rows are stored with the two
             halves of the rotary pairs interleaved.
+        offset: what the checkpoint has added to the parameter.
     """
 
     name: str
     transposed: bool = False
     interleaved_heads: int = 0
+    offset: float = 0.0
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The tensor's shape in the checkpoint, given the parameter's."""
         return shape[::-1] if self.transposed else shape
 
-    def convert(self, tensor: jax.Array) -> jax.Array:
-        """Turns the stored tensor into the parameter."""
+    def convert(self, tensor: np.ndarray) -> np.ndarray:
+        """Turns the stored tensor into the parameter; a view of it where that is possible."""
+        if self.offset:
+            tensor = tensor - np.asarray(self.offset, tensor.dtype)
         if self.interleaved_heads:
             pairs = tensor.reshape(self.interleaved_heads, -1, 2, *tensor.shape[1:])
             tensor = pairs.swapaxes(1, 2).reshape(tensor.shape)
@@ -60,6 +64,12 @@ _HF_LAYER = {
     "mlp.up.w": "mlp.up_proj.weight",
     "mlp.down.w": "mlp.down_proj.weight",
 }
+# Where blocks normalise after attention and MLP too, the old name means another place.
+_HF_POST_NORMS = _HF_LAYER | {
+    "attn_post_norm.w": "post_attention_layernorm.weight",
+    "mlp_norm.w": "pre_feedforward_layernorm.weight",
+    "mlp_post_norm.w": "post_feedforward_layernorm.weight",
+}
 _GGUF_TOP = {
     "embed.w": "token_embd.weight",
     "norm.w": "output_norm.weight",
@@ -71,31 +81,42 @@ _GGUF_LAYER = {
     "attn.k.w": "attn_k.weight",
     "attn.v.w": "attn_v.weight",
     "attn.o.w": "attn_output.weight",
+    "attn.q_norm.w": "attn_q_norm.weight",
+    "attn.k_norm.w": "attn_k_norm.weight",
+    "attn_post_norm.w": "post_attention_norm.weight",
     "mlp_norm.w": "ffn_norm.weight",
+    "mlp_post_norm.w": "post_ffw_norm.weight",
     "mlp.gate.w": "ffn_gate.weight",
     "mlp.up.w": "ffn_up.weight",
     "mlp.down.w": "ffn_down.weight",
 }
 
 
-def hf_source(path: str, config: ModelConfig) -> Source:  # noqa: ARG001
+def hf_source(path: str, config: ModelConfig) -> Source:
     """The tensor of a hub checkpoint that holds parameter `path`."""
-    name = _lookup(path, _HF_TOP, _HF_LAYER, "model.layers")
+    in_layer = _HF_POST_NORMS if config.post_norms else _HF_LAYER
+    name = _lookup(path, _HF_TOP, in_layer, "model.layers")
     return Source(name=name, transposed=_is_projection(path))
 
 
-def gguf_llama_source(path: str, config: ModelConfig) -> Source:
-    """The tensor of a GGUF file of architecture "llama" that holds parameter `path`.
+def gguf_source(path: str, config: ModelConfig) -> Source:
+    """The tensor of a GGUF file that holds parameter `path`.
 
-    llama.cpp rotates neighbouring elements, so its converter interleaves the rows of q and k.
+    For Llama, llama.cpp rotates neighbouring elements, so its converter interleaves the rows of
+    q and k. Norms that scale by 1 + w are stored with the 1 added.
     """
     heads = 0
-    if path.endswith("attn.q.w"):
-        heads = config.num_heads
-    elif path.endswith("attn.k.w"):
-        heads = config.num_kv_heads
-    name = _lookup(path, _GGUF_TOP, _GGUF_LAYER, "blk")
-    return Source(name=name, transposed=_is_projection(path), interleaved_heads=heads)
+    if config.architecture == "LlamaForCausalLM":
+        if path.endswith("attn.q.w"):
+            heads = config.num_heads
+        elif path.endswith("attn.k.w"):
+            heads = config.num_kv_heads
+    return Source(
+        name=_lookup(path, _GGUF_TOP, _GGUF_LAYER, "blk"),
+        transposed=_is_projection(path),
+        interleaved_heads=heads,
+        offset=1.0 if config.unit_offset and path.endswith("norm.w") else 0.0,
+    )
 
 
 def _lookup(

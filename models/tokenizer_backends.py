@@ -43,6 +43,10 @@ class TokenizersBackend:
         """See `models.tokenizer.Backend`."""
         return self._pipeline.token_to_id(token)
 
+    def save(self, folder: Path) -> None:
+        """Writes `tokenizer.json`."""
+        self._pipeline.save(str(folder / "tokenizer.json"))
+
     def prefix(self) -> list[int]:
         """The ids that the pipeline itself puts around an empty text."""
         return self._pipeline.encode("", add_special_tokens=True).ids
@@ -59,14 +63,15 @@ class SentencePieceBackend:
     """A `tokenizer.model`, with special tokens split off before it sees the text.
 
     Args:
-        path: the model file.
+        proto: content of the model file.
+        origin: the file, for error messages.
         added: special string -> id; None takes the control pieces of the file.
         skipped: ids that `decode(skip_special=True)` leaves out; None for all of `added`.
         prefix_everywhere: whether text after a special token gets the dummy prefix too, as
             text at the very start does.
 
     Raises:
-        CheckpointError: the file is missing or not a sentencepiece model.
+        CheckpointError: `proto` is not a sentencepiece model.
     """
 
     # A ModelProto that holds only `normalizer_spec { add_dummy_prefix: false }`. Protocol
@@ -75,21 +80,22 @@ class SentencePieceBackend:
 
     def __init__(
         self,
-        path: Path,
+        proto: bytes,
         *,
+        origin: Path,
         added: Mapping[str, int] | None,
         skipped: frozenset[int] | None = None,
         prefix_everywhere: bool,
     ) -> None:
         try:
-            proto = path.read_bytes()
             self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
             inner = self._model
             if not prefix_everywhere:
                 inner = sentencepiece.SentencePieceProcessor(model_proto=proto + self._NO_PREFIX)
-        except (OSError, RuntimeError) as err:
-            raise CheckpointError(f"{path}: not a sentencepiece model ({err})") from err
+        except RuntimeError as err:
+            raise CheckpointError(f"{origin}: not a sentencepiece model ({err})") from err
         self._inner = inner
+        self._proto = proto
         if added is None:
             added = {
                 self._model.id_to_piece(i): i
@@ -140,6 +146,10 @@ class SentencePieceBackend:
         token_id = self._model.piece_to_id(token)
         return None if self._model.is_unknown(token_id) else token_id
 
+    def save(self, folder: Path) -> None:
+        """Writes `tokenizer.model`."""
+        (folder / "tokenizer.model").write_bytes(self._proto)
+
 
 class MissingBackend:
     """Stands in where a checkpoint has no tokenizer: the model runs, on ids only.
@@ -164,6 +174,9 @@ class MissingBackend:
     def token_id(self, token: str) -> int | None:  # noqa: ARG002
         """None: there are no tokens."""
         return None
+
+    def save(self, folder: Path) -> None:
+        """Writes nothing: there is nothing."""
 
     def _fail(self) -> NoReturn:
         raise CheckpointError(f"{self._folder}: no tokenizer.json and no tokenizer.model")

@@ -13,11 +13,16 @@ from flax import nnx
 from jaxtyping import DTypeLike
 
 from models.config import ModelConfig
+from models.decoder import Decoder
 from models.errors import CheckpointError
-from models.llama import Llama
 from models.names import Source
+from models.registry import make_network
 
 _SHOWN_PROBLEMS = 8
+
+Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
+"""From a parameter's path, e.g. "layers.0.attn.q.w" ([in, out]), and shape to where it goes; None
+for the default device."""
 
 
 class TensorStore(Protocol):
@@ -46,7 +51,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[path] = shape
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    Llama(config, record)
+    make_network(config, record)
     return shapes
 
 
@@ -55,14 +60,18 @@ def build(
     store: TensorStore,
     source_of: Callable[[str, ModelConfig], Source],
     dtype: DTypeLike,
-) -> Llama:
+    sharding: Sharding | None = None,
+) -> Decoder:
     """Builds the network with the weights of a checkpoint.
+
+    Tensors are read, turned, cast and placed one at a time.
 
     Args:
         config: the network.
         store: the checkpoint.
         source_of: from a parameter's path to its tensor, see `models.names`.
         dtype: of the weights in memory.
+        sharding: where each parameter goes.
 
     Returns:
         The model.
@@ -70,8 +79,10 @@ def build(
     Raises:
         CheckpointError: tensors are missing, left over, of another shape or not finite; every
             such problem is in the message.
+        ValueError: a sharding does not fit its parameter.
     """
     shapes = parameter_shapes(config)
+    targets = shardings_of(shapes, sharding)
     sources = {path: source_of(path, config) for path in shapes}
     spare_head = _spare_head(config, store, source_of)
     _check_names_and_shapes(shapes, sources, store, ignore=spare_head)
@@ -82,21 +93,79 @@ def build(
 
     def weights(path: str, _: tuple[int, ...]) -> jax.Array:
         source = sources[path]
-        # A copy: the stored tensor may be a view of a file that is closed or changed later.
-        value = source.convert(jnp.array(store.read(source.name))).astype(dtype)
-        finite[source.name] = jnp.isfinite(value).all()
+        value = _place(source.convert(store.read(source.name)), dtype, targets[path])
+        finite[source.name] = all_finite(value)
         return value
 
-    model = Llama(config, weights)
-    # Asked once at the end: each answer is a wait for the device.
-    bad = [f"{name} holds NaN or infinity" for name, ok in finite.items() if not bool(ok)]
-    raise_problems(store.path, bad)
+    model = make_network(config, weights)
+    raise_unless_finite(store.path, finite)
     return model
 
 
 def weights_bytes(model: nnx.Module) -> int:
     """Memory that the model's weights take."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+
+
+def named_parameters(model: Decoder) -> dict[str, jax.Array]:
+    """Path -> value of each parameter, by the paths that `Weights` functions are asked for."""
+    paths: list[str] = []
+
+    def number(path: str, _: tuple[int, ...]) -> jax.Array:
+        paths.append(path)
+        return jnp.asarray(len(paths) - 1)
+
+    order = jax.tree.leaves(make_network(model.config, number))
+    return dict(zip([paths[int(i)] for i in order], jax.tree.leaves(model), strict=True))
+
+
+def shardings_of(
+    shapes: Mapping[str, tuple[int, ...]], sharding: Sharding | None
+) -> dict[str, jax.sharding.Sharding | None]:
+    """Path -> where each parameter goes.
+
+    Raises:
+        ValueError: a sharding does not fit its parameter.
+    """
+    found = {path: sharding and sharding(path, shape) for path, shape in shapes.items()}
+    for path, target in found.items():
+        if target is not None:
+            try:
+                target.shard_shape(shapes[path])
+            except (IndexError, ValueError) as err:
+                raise ValueError(
+                    f"sharding: {path} of shape {list(shapes[path])} cannot be split by {target}"
+                ) from err
+    return found
+
+
+def raise_unless_finite(path: Path, finite: Mapping[str, jax.Array]) -> None:
+    """Raises `CheckpointError` about the tensors of `path` that are not; given name -> answer.
+
+    All answers are asked for together, at the end: each one is a wait for the device.
+    """
+    bad = [f"{name} holds NaN or infinity" for name, ok in finite.items() if not bool(ok)]
+    raise_problems(path, bad)
+
+
+@jax.jit
+def all_finite(x: jax.Array) -> jax.Array:
+    """Whether no element is NaN or infinite."""
+    return jnp.isfinite(x).all()
+
+
+def _place(tensor: np.ndarray, dtype: DTypeLike, target: jax.sharding.Sharding | None) -> jax.Array:
+    """Casts and places a tensor, or of a sharded one each part by itself.
+
+    Always by a copy: the tensor may be a view of a file that is closed or changed later.
+    """
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        return np.array(tensor if index is None else tensor[index], jnp.dtype(dtype), order="C")
+
+    if target is None:
+        return jnp.asarray(part(None))
+    return jax.make_array_from_callback(tensor.shape, target, part)
 
 
 def raise_problems(path: Path, problems: Sequence[str]) -> None:

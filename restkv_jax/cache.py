@@ -25,13 +25,16 @@ class LayerStack:
         k: [L, B, J, S, H] keys, stored after rotary embedding; J heads, K or N of them.
         v: [L, B, J, S, H] values.
         positions: int32 [L, B, J, S] true position of each entry, -1 for an empty slot.
-        used: int32 [B] the slot that the next token of each row is written to.
+        used: int32 [B] the slot that the next token of each row is written to, modulo S in a
+            ring.
+        ring: static; the layers have a sliding window, and what leaves it is written over.
     """
 
     k: Float[Array, "L B J S H"]
     v: Float[Array, "L B J S H"]
     positions: Int[Array, "L B J S"]
     used: Int[Array, " B"]
+    ring: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def slots(self) -> int:
@@ -75,7 +78,8 @@ class LayerStack:
         Inactive rows keep what they hold.
         """
         batch = jnp.arange(self.used.shape[0])
-        slot = jnp.where(active, self.used, self.slots)  # out of bounds: dropped
+        slot = self.used % self.slots if self.ring else self.used
+        slot = jnp.where(active, slot, self.slots)  # out of bounds: dropped
 
         def put(whole: Array, part: Array) -> Array:
             part = part.astype(whole.dtype)
@@ -121,7 +125,7 @@ class KVCache:
         """A layer's stack and its row there. A traced index needs all layers in one stack.
 
         Raises:
-            ValueError: a traced index, but layers of several shapes.
+            ValueError: a traced index, but layers of several shapes or kinds.
         """
         if isinstance(layer, int):
             return self.rows[layer]
@@ -152,6 +156,9 @@ def init_cache(
 ) -> KVCache:
     """An empty cache. Only `full` and ratio budgets make its size depend on the prompt.
 
+    Layers with a sliding window are ring buffers in stacks of their own, see
+    `CachePlan.for_layer`.
+
     Args:
         specs: the model's layers.
         plan: policy, budget and headroom.
@@ -159,25 +166,28 @@ def init_cache(
         prompt_columns: columns that the prompt is padded to.
         dtype: of keys and values.
     """
-    shapes = []
+    kinds = []
     for spec in specs:
-        heads = plan.policy.cache_heads(spec.num_heads, spec.num_kv_heads)
-        slots = plan.prompt_slots(prompt_columns) + plan.headroom
-        shapes.append((heads, slots, spec.head_dim))
-    distinct = list(dict.fromkeys(shapes))
+        own = plan.for_layer(spec, prompt_columns)
+        heads = own.policy.cache_heads(spec.num_heads, spec.num_kv_heads)
+        slots = own.prompt_slots(prompt_columns) + own.headroom
+        kinds.append((spec.window is not None, heads, slots, spec.head_dim))
+    distinct = list(dict.fromkeys(kinds))
     rows, seen = [], dict.fromkeys(distinct, 0)
-    for shape in shapes:
-        rows.append((distinct.index(shape), seen[shape]))
-        seen[shape] += 1
+    for kind in kinds:
+        rows.append((distinct.index(kind), seen[kind]))
+        seen[kind] += 1
     stacks = []
-    for shape in distinct:
-        whole = (seen[shape], batch, *shape)
+    for kind in distinct:
+        ring, *shape = kind
+        whole = (seen[kind], batch, *shape)
         stacks.append(
             LayerStack(
                 k=jnp.zeros(whole, dtype),
                 v=jnp.zeros(whole, dtype),
                 positions=jnp.full(whole[:-1], -1, jnp.int32),
                 used=jnp.zeros(batch, jnp.int32),
+                ring=ring,
             )
         )
     return KVCache(

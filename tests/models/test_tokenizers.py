@@ -5,7 +5,7 @@ import json
 import pytest
 from model_fixtures import FIXTURES
 
-from models import gguf_model
+from models import gguf_tokenizer
 from models.chat import ChatTemplate
 from models.gguf_file import GGUFStore
 from models.huggingface import read_tokenizer
@@ -91,7 +91,7 @@ def test_fixtures_special_ids(folder):
 
 def test_fixtures_gguf_strings():
     """The byte-level BPE that a GGUF file of the SmolLM family carries."""
-    tokenizer = gguf_model.read_tokenizer(GGUFStore(resolve("smollm2-135m-instruct")))
+    tokenizer = gguf_tokenizer.read_tokenizer(GGUFStore(resolve("smollm2-135m-instruct")))
     goldens = goldens_of(FIXTURES / "smollm2")
     for text, ids in zip(goldens["strings"], goldens["ids"], strict=True):
         assert tokenizer.encode(text) == ids, text
@@ -99,6 +99,18 @@ def test_fixtures_gguf_strings():
     assert tokenizer.turn_end_ids == tokenizer.eos_ids
     chat = tokenizer.apply_chat([{"role": "user", "content": "hi"}])
     assert chat.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_fixtures_gemma_gguf_strings():
+    """The sentencepiece BPE that is rebuilt from a GGUF file's scores."""
+    tokenizer = gguf_tokenizer.read_tokenizer(GGUFStore(resolve("gemma-3-270m")))
+    goldens = goldens_of(FIXTURES / "gemma3")
+    for text, ids in zip(goldens["strings"], goldens["ids"], strict=True):
+        assert tokenizer.encode(text, add_bos=False, parse_special=False) == ids, text
+        assert tokenizer.decode(ids, skip_special=False) == text.replace("\u2581", " ")
+    assert tokenizer.encode("<bos>x<eos>", add_bos=False) == [2, *tokenizer.encode("x")[1:], 1]
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (2, (1,), 0)
+    assert tokenizer.encode("<end_of_turn>") == [2, *tokenizer.turn_end_ids]
 
 
 def test_template_runs_in_a_sandbox():

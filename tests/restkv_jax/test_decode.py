@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -178,17 +179,22 @@ def test_the_state_is_donated(model):
     assert state.cache.stacks[0].k.is_deleted()
 
 
+@pytest.mark.parametrize("windows", [(None,) * 4, (1024, None, 1024, None)], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("policy", [Full(), RestKV(window=W, granularity="query_head")], ids=repr)
-def test_the_decode_loop_copies_no_cache(policy, batch):
+def test_the_decode_loop_copies_no_cache(policy, batch, windows):
     """The optimised program holds no copy of a cache-sized array, in or out of the loop."""
-    model = tiny.make(layers=4)
+    model = tiny.with_windows(tiny.make(layers=4), windows)
     columns = 4096
     plan = plan_of(policy, budget=3000)
     state = _state_shape(model, plan, batch, columns)
     compiled = decode_chunk.lower(model, state, NO_STOP, steps=8).compile()
-    stack = state.cache.stacks[0]
-    shapes = {f"f32[{','.join(map(str, shape))}]" for shape in (stack.k.shape, stack.k.shape[1:])}
+    assert len(state.cache.stacks) == len(set(windows))
+    shapes = {
+        f"f32[{','.join(map(str, shape))}]"
+        for stack in state.cache.stacks
+        for shape in (stack.k.shape, stack.k.shape[1:])
+    }
     copies = [
         line.strip()
         for line in compiled.as_text().splitlines()
@@ -196,7 +202,8 @@ def test_the_decode_loop_copies_no_cache(policy, batch):
     ]
     assert copies == []
     # One layer's slice feeds its products; never the cache of all four.
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * state.cache.kv_bytes
+    one_layer = max(2 * 4 * math.prod(stack.k.shape[1:]) for stack in state.cache.stacks)
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * one_layer
 
 
 def _state_shape(model, plan, batch, columns):

@@ -67,3 +67,12 @@ def make(
     }
     one = LayerSpec(num_heads=heads, num_kv_heads=kv_heads, head_dim=size, scale=size**-0.5, **spec)
     return TinyModel(params, (one,) * layers)
+
+
+def with_windows(model: TinyModel, windows: tuple[int | None, ...]) -> TinyModel:
+    """The same weights, with a sliding window (or none) for each layer."""
+    specs = zip(model.layer_specs, windows, strict=True)
+    return dataclasses.replace(
+        model,
+        layer_specs=tuple(dataclasses.replace(spec, window=window) for spec, window in specs),
+    )
