@@ -18,7 +18,7 @@ from experiments.core.errors import UserError, run_main
 from experiments.core.options import Parser, count_of
 from experiments.core.tasks import fill_prompt
 from experiments.longbench.offline import OFFLINE_SETS, build_suite
-from restkv_jax.decode import CachePlan, Full, pad_prompts, prefill
+from restkv_jax.decode import CachePlan, CausalLM, Full, pad_prompts, prefill
 
 
 def differences(reference: np.ndarray, other: np.ndarray) -> dict[str, float]:
@@ -43,7 +43,7 @@ def differences(reference: np.ndarray, other: np.ndarray) -> dict[str, float]:
     }
 
 
-def last_logits(model: models.CausalLM, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+def last_logits(model: CausalLM, prompts: Sequence[Sequence[int]]) -> np.ndarray:
     """Float32 logits [R, V] of each prompt's last token."""
     plans = (CachePlan(policy=Full(), headroom=0),)
     rows = [prefill(model, *pad_prompts([prompt]), plans=plans)[0][0] for prompt in prompts]

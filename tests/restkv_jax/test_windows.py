@@ -55,7 +55,7 @@ def test_generation_longer_than_the_window_equals_full_attention(model, length):
 
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 def test_eviction_acts_on_global_layers_only(model, policy):
-    """Window layers see their window, the others what the policy kept, past one turn of the ring."""
+    """Window layers see their window, the others what was kept; past one turn of the ring."""
     prompt, new = prompt_of(40), prompt_of(2 * W + 3, seed=9)
     _, (cache,) = prefill(model, *pad_prompts([prompt]), plans=(plan_of(policy),))
     length = len(prompt) + len(new)
