@@ -160,9 +160,9 @@ def init_cache(
         dtype: of keys and values.
     """
     shapes = []
-    for spec in specs:
+    for layer, spec in enumerate(specs):
         heads = plan.policy.cache_heads(spec.num_heads, spec.num_kv_heads)
-        slots = plan.prompt_slots(prompt_columns) + plan.headroom
+        slots = plan.prompt_slots(prompt_columns, layer, len(specs)) + plan.headroom
         shapes.append((heads, slots, spec.head_dim))
     distinct = list(dict.fromkeys(shapes))
     rows, seen = [], dict.fromkeys(distinct, 0)

@@ -67,6 +67,9 @@ def prefill(
         init_cache(specs, plan, batch=batch, prompt_columns=columns, dtype=model.kv_dtype)
         for plan in plans
     )
+    alike = list(zip(*(plan.alike(columns, len(specs)) for plan in plans), strict=True))
+    # Layers whose budgets agree in all plans share one compiled unit of work.
+    twins = [alike.index(key) for key in alike] if plans else [0] * len(specs)
 
     def attend(
         layer: int | Array,
@@ -76,9 +79,20 @@ def prefill(
         w_o: Float[Array, "N H D"],
         caches: tuple[KVCache, ...],
     ) -> tuple[Float[Array, "B T N H"], tuple[KVCache, ...]]:
-        spec = specs[layer] if isinstance(layer, int) else specs[0]
+        static = layer if isinstance(layer, int) else 0
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-        out, kept = _attend_and_evict(q, k, v, w_o, lengths, spec=spec, plans=plans)
+        out, kept = _attend_and_evict(
+            q,
+            k,
+            v,
+            w_o,
+            lengths,
+            jnp.asarray(layer, jnp.int32),
+            spec=specs[static],
+            plans=plans,
+            budgets_of=twins[static],
+            num_layers=len(specs),
+        )
         caches = tuple(
             _fill(cache, layer, entry) for cache, entry in zip(caches, kept, strict=True)
         )
@@ -91,16 +105,19 @@ def prefill(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "plans"))
+@functools.partial(jax.jit, static_argnames=("spec", "plans", "budgets_of", "num_layers"))
 def _attend_and_evict(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
     w_o: Float[Array, "N H D"],
     lengths: Int[Array, " B"],
+    index: Int[Array, ""],
     *,
     spec: LayerSpec,
     plans: tuple[CachePlan, ...],
+    budgets_of: int,
+    num_layers: int,
 ) -> tuple[Float[Array, "B N T H"], tuple[CompressedLayer, ...]]:
     """One layer's attention, and what each plan keeps of its K/V, as one unit of work.
 
@@ -108,11 +125,14 @@ def _attend_and_evict(
     put the evictions of all layers last and hold all full-length K/V until then. A barrier ties
     them to the attention's output. XLA drops barriers on CPU before it schedules; there a
     conditional, whose results come together, does the same.
+
+    `budgets_of` is the layer whose budgets hold and static, `index` the layer itself and not: so
+    layers that are alike are traced once.
     """
     queries = min(max([1, *(plan.policy.query_rows for plan in plans)]), k.shape[2])
 
     def compute(*arrays: Array) -> tuple[Array, tuple[CompressedLayer, ...]]:
-        q, k, v, w_o, lengths = arrays
+        q, k, v, w_o, lengths, index = arrays
         inputs = LayerInputs(
             q=q[:, :, -queries:],
             k=k,
@@ -120,27 +140,30 @@ def _attend_and_evict(
             factor=output_factor(w_o),
             lengths=lengths,
             spec=spec,
+            w_o=w_o,
+            index=index,
+            num_layers=num_layers,
         )
         kept = tuple(
             compress(
                 plan.policy,
                 inputs,
-                capacity=plan.prompt_slots(inputs.columns),
-                budget=plan.row_slots(lengths, inputs.columns),
+                capacity=plan.prompt_slots(inputs.columns, budgets_of, num_layers),
+                budget=plan.row_slots(lengths, inputs.columns, budgets_of, num_layers),
             )
             for plan in plans
         )
         return causal_attention(q, k, v, lengths, spec=spec), kept
 
     compute = jax.jit(compute)  # traced once for both branches
-    arrays = (q, k, v, w_o, lengths)
+    arrays = (q, k, v, w_o, lengths, index)
     shapes = jax.eval_shape(compute, *arrays)
 
     def nothing(*_: Array) -> tuple[Array, tuple[CompressedLayer, ...]]:
         return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
     def on_cpu(*arrays: Array) -> tuple[Array, tuple[CompressedLayer, ...]]:
-        return jax.lax.cond(jnp.all(arrays[-1] >= 0), compute, nothing, *arrays)
+        return jax.lax.cond(jnp.all(arrays[4] >= 0), compute, nothing, *arrays)
 
     def elsewhere(*arrays: Array) -> tuple[Array, tuple[CompressedLayer, ...]]:
         return jax.lax.optimization_barrier(compute(*arrays))
@@ -154,9 +177,12 @@ def _fill(cache: KVCache, layer: int | Array, kept: CompressedLayer) -> KVCache:
 
 
 def _finish(cache: KVCache, plan: CachePlan, lengths: Int[Array, " B"], columns: int) -> KVCache:
-    used = jnp.minimum(lengths, plan.row_slots(lengths, columns))
-    return dataclasses.replace(
-        cache,
-        stacks=tuple(dataclasses.replace(stack, used=used) for stack in cache.stacks),
-        next_position=lengths,
-    )
+    num_layers = len(cache.rows)
+    stacks = list(cache.stacks)
+    for layer in set(plan.alike(columns, num_layers)):
+        index, _ = cache.rows[layer]
+        # Layers of one stack share a cursor; where one keeps less, the slots before it are empty.
+        slots = jnp.minimum(lengths, plan.row_slots(lengths, columns, layer, num_layers))
+        used = jnp.maximum(stacks[index].used, slots)
+        stacks[index] = dataclasses.replace(stacks[index], used=used)
+    return dataclasses.replace(cache, stacks=tuple(stacks), next_position=lengths)
