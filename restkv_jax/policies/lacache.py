@@ -25,7 +25,8 @@ class LaCache(Policy):
     blocks and strides (iterative compaction). The kept sets are those of the published code for
     a prompt that comes in one piece, to a budget that already holds the ⌊(b - a) / 2⌋ slots that
     the code adds to its own; tokens keep their true positions. Longer blocks may overshoot: a few
-    slots of the budget then stay empty.
+    slots of the budget then stay empty, as do those for which the published code would look past
+    the end of a prompt that is very long for its budget.
 
     Attributes:
         sinks: tokens at the start that are always kept.
@@ -116,7 +117,9 @@ class LaCache(Policy):
         slot = jnp.arange(capacity)
         inner = _climb(slot, self.sinks, index, second, longer, after, times)
         outer = _climb(inner, self.sinks, index, first, before, after, 1)
-        size = length - first * fewer - second * (longer - after)
+        # The last of the longer blocks may reach past the end, and then nothing stays behind it.
+        behind = length - first * fewer - self.sinks - second * longer
+        size = jnp.minimum(length, self.sinks + second * after + jnp.maximum(behind, 0))
         return jnp.where(slot < size, outer, jnp.iinfo(jnp.int32).max)
 
 
