@@ -22,7 +22,8 @@ class CachePlan:
         budget: slots a head for the prompt, or a ratio of the prompt, or one of them for each
             layer; None for policies that keep everything.
         layers: how one budget is spread over the layers: "uniform", or "pyramid" (PyramidKV:
-            many slots at the bottom, few at the top, the same number on average). The pyramid is
+            many slots at the bottom, few at the top, about the same number on average: its slope
+            is rounded down, which can add half a slot a layer for each layer). The pyramid is
             that of the padded prompt; a row that is shorter keeps at most its layer's slots.
         headroom: slots for tokens that follow the prompt.
     """
@@ -51,6 +52,8 @@ class CachePlan:
             by_layer = isinstance(self.budget, tuple)
             if by_layer and self.layers != "uniform":
                 raise ValueError(f"layers: the budget already has one entry a layer: {self.budget}")
+            if self.budget == ():
+                raise ValueError("budget: expected one for each layer, got none")
             for one in self.budget if isinstance(self.budget, tuple) else (self.budget,):
                 budgets.check_budget(one, window=self.policy.protected)
 
