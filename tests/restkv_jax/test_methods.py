@@ -239,6 +239,18 @@ def test_no_input_makes_a_score_that_is_not_a_number(policy):
             assert (filled == np.minimum(LENGTHS, BUDGET)[:, None]).all()
 
 
+@pytest.mark.parametrize("policy", POLICIES_HERE, ids=repr)
+def test_bfloat16_inputs_are_scored_in_float32(policy):
+    layer = batch(dtype=jnp.bfloat16)
+    arrays = (x.astype(jnp.float32) for x in (layer.q, layer.k, layer.v, layer.w_o))
+    wide = layer_inputs(*arrays, lengths=layer.lengths, index=layer.index, num_layers=4)
+    ours, theirs = (np.asarray(score_and_select(policy, one)[0]) for one in (layer, wide))
+    assert ours.dtype == np.float32
+    np.testing.assert_array_equal(np.isposinf(ours), np.isposinf(theirs))
+    finite = np.isfinite(theirs)
+    np.testing.assert_allclose(ours[finite], theirs[finite], rtol=1e-4, atol=1e-6)
+
+
 def test_constant_keys_are_no_trouble():
     layer = batch(peak=0.0)
     layer = layer_inputs(

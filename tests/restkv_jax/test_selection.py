@@ -21,7 +21,7 @@ from restkv_jax.decode import (
     score,
     select,
 )
-from restkv_jax.policies import H2O, TOVA, Ablation, ExpectedAttention, KeyDiff, Random
+from restkv_jax.policies import H2O, TOVA, Ablation, ExpectedAttention
 from restkv_jax.smoothing import adaptive_pool, adaptive_window, attention_drift, max_pool
 from tests.restkv_jax import oracle
 
@@ -44,8 +44,6 @@ EVERY = [
     *SCORED,
     TOVA(recent=1),
     ExpectedAttention(rows=8),
-    KeyDiff(),
-    Random(),
     Streaming(),
     POLICIES["full"](),
 ]
