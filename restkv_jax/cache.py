@@ -167,10 +167,10 @@ def init_cache(
         dtype: of keys and values.
     """
     kinds = []
-    for spec in specs:
+    for layer, spec in enumerate(specs):
         own = plan.for_layer(spec, prompt_columns)
         heads = own.policy.cache_heads(spec.num_heads, spec.num_kv_heads)
-        slots = own.prompt_slots(prompt_columns) + own.headroom
+        slots = own.prompt_slots(prompt_columns, layer, len(specs)) + own.headroom
         kinds.append((spec.window is not None, heads, slots, spec.head_dim))
     distinct = list(dict.fromkeys(kinds))
     rows, seen = [], dict.fromkeys(distinct, 0)

@@ -25,28 +25,58 @@ from restkv_jax.generate import (
 )
 from restkv_jax.layer import CompressedLayer, LayerInputs, compress, layer_inputs, score, select
 from restkv_jax.plan import CachePlan
-from restkv_jax.policies import POLICIES, Ablation, Full, Policy, RestKV, SnapKV, Streaming
+from restkv_jax.policies import (
+    CAOTE,
+    H2O,
+    POLICIES,
+    PRESETS,
+    TOVA,
+    Ablation,
+    CriticalKV,
+    DropKV,
+    ExpectedAttention,
+    Full,
+    KeyDiff,
+    Knorm,
+    LaCache,
+    Policy,
+    Random,
+    RestKV,
+    SnapKV,
+    Streaming,
+)
 from restkv_jax.prefill import align_right, prefill
 from restkv_jax.protocols import Attend, CausalLM, LayerSpec
 from restkv_jax.sampling import GREEDY, Sampling, row_keys, sample
 
 __all__ = [
+    "CAOTE",
     "GREEDY",
+    "H2O",
     "POLICIES",
+    "PRESETS",
+    "TOVA",
     "Ablation",
     "Attend",
     "CachePlan",
     "CausalLM",
     "CompressedLayer",
+    "CriticalKV",
     "DecodeState",
+    "DropKV",
+    "ExpectedAttention",
     "FactoredLM",
     "Full",
     "Generation",
     "KVCache",
+    "KeyDiff",
+    "Knorm",
+    "LaCache",
     "LayerInputs",
     "LayerSpec",
     "LayerStack",
     "Policy",
+    "Random",
     "RestKV",
     "Sampling",
     "SnapKV",

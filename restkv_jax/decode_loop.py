@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from pallas_kernels.decode_attention import decode_attention
 from restkv_jax.cache import KVCache
-from restkv_jax.protocols import CausalLM
+from restkv_jax.protocols import CausalLM, Projection
 from restkv_jax.sampling import GREEDY, Sampling, sample
 
 
@@ -65,7 +65,7 @@ def decode_step(
         q: Float[Array, "B T N H"],
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
-        w_o: Float[Array, "N H D"],
+        w_o: Float[Array, "N H D"] | Projection,
         cache: KVCache,
     ) -> tuple[Float[Array, "B T N H"], KVCache]:
         del w_o

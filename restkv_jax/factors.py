@@ -10,16 +10,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from pallas_kernels.window_scores import output_factor
-from restkv_jax.protocols import Attend, CausalLM, LayerSpec, State
+from restkv_jax.protocols import Attend, CausalLM, LayerSpec, Projection, State
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FactoredLM:
-    """A `CausalLM` that hands `attend` the factor of each W_O in place of W_O itself.
+    """A `CausalLM` that hands `attend` the factor of each W_O beside W_O itself.
 
-    Scores only need W_O W_Oᵀ, so they do not change; but a prefill of the bare model factorises
-    every W_O anew. Make a new one whenever the weights change.
+    A prefill of the bare model factorises every W_O anew. Make a new one whenever the weights
+    change.
 
     Attributes:
         model: the model.
@@ -46,15 +46,15 @@ class FactoredLM:
         attend: Attend[State],
         state: State,
     ) -> tuple[Float[Array, "B T D"], State]:
-        """Runs the model, W_O exchanged in each call of `attend`; see `CausalLM`."""
+        """Runs the model, the factor added in each call of `attend`; see `CausalLM`."""
 
-        def exchanged(
-            layer: int | Array, q: Array, k: Array, v: Array, w_o: Array, state: State
+        def with_factor(
+            layer: int | Array, q: Array, k: Array, v: Array, w_o: Array | Projection, state: State
         ) -> tuple[Array, State]:
-            del w_o
-            return attend(layer, q, k, v, self.factors[cast(int, layer)], state)
+            pair = Projection(w_o=cast(Array, w_o), factor=self.factors[cast(int, layer)])
+            return attend(layer, q, k, v, pair, state)
 
-        return self.model(tokens, positions, exchanged, state)
+        return self.model(tokens, positions, with_factor, state)
 
     def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """The model's."""
@@ -78,12 +78,12 @@ def _factors(model: CausalLM) -> tuple[Float[Array, "N H R"], ...]:
     found: list[Array] = []
 
     def attend(
-        layer: int | Array, q: Array, k: Array, v: Array, w_o: Array, state: None
+        layer: int | Array, q: Array, k: Array, v: Array, w_o: Array | Projection, state: None
     ) -> tuple[Array, None]:
         del k, v
         if not isinstance(layer, int):
             raise ValueError("model: expected an unrolled loop over layers, got a scan")
-        found.append(output_factor(w_o))
+        found.append(output_factor(cast(Array, w_o)))
         return jnp.zeros_like(q), state
 
     token = jnp.zeros((1, 1), jnp.int32)

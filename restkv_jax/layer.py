@@ -29,6 +29,9 @@ class LayerInputs:
         factor: [N, H, R] with factor · factorᵀ = W_O W_Oᵀ for each head.
         lengths: [B] tokens in each row: the last `lengths` columns are valid.
         spec: static shape and arithmetic of the layer.
+        w_o: [N, H, D] the output projection itself, for norms other than the Euclidean.
+        index: which layer this is; not static, so that layers that are alike compile once.
+        num_layers: static, layers of the model.
     """
 
     q: Float[Array, "B N Q H"]
@@ -37,6 +40,9 @@ class LayerInputs:
     factor: Float[Array, "N H R"]
     lengths: Int[Array, " B"]
     spec: LayerSpec = dataclasses.field(metadata={"static": True})
+    w_o: Float[Array, "N H D"] | None = None
+    index: int | Int[Array, ""] = 0
+    num_layers: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
     def columns(self) -> int:
@@ -46,7 +52,19 @@ class LayerInputs:
     @property
     def valid(self) -> Bool[Array, "B T"]:
         """True for columns that hold a token."""
-        return jnp.arange(self.columns) >= self.columns - self.lengths[:, None]
+        return self.positions >= 0
+
+    @property
+    def positions(self) -> Int[Array, "B T"]:
+        """Each column's position in its row, negative for padding."""
+        return jnp.arange(self.columns) - (self.columns - self.lengths[:, None])
+
+    def distance_factor(self, *, project: bool) -> Float[Array, "N H R"]:
+        """What differences of values are multiplied by before their norm: W_O's factor, or I."""
+        if project:
+            return self.factor
+        size = self.spec.head_dim
+        return jnp.broadcast_to(jnp.eye(size), (self.spec.num_heads, size, size))
 
     def window_weights(self, window: int) -> Float[Array, "B N W T"]:
         """Softmax attention of the last `window` queries, causal, padding left out."""
@@ -90,6 +108,8 @@ def layer_inputs(
     scale: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
+    index: int | Int[Array, ""] = 0,
+    num_layers: int = 1,
 ) -> LayerInputs:
     """Wraps one layer's arrays for `score`, `select` and `compress`.
 
@@ -97,11 +117,13 @@ def layer_inputs(
         q: the last Q queries after rotary embedding; policies need at least their window.
         k: keys after rotary embedding, right-aligned: padding comes first.
         v: values.
-        w_o: output projection by head, or its `output_factor`.
+        w_o: output projection by head.
         lengths: tokens in each row; all T by default.
         scale: factor on q·k, 1 / sqrt(H) by default.
         softcap: of the attention logits, if the model has one.
         sliding_window: of this layer, if it has one.
+        index: which layer this is, for policies whose sets differ by layer.
+        num_layers: layers of the model.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -126,7 +148,17 @@ def layer_inputs(
     )
     if lengths is None:
         lengths = jnp.full(batch, k.shape[2], jnp.int32)
-    return LayerInputs(q=q, k=k, v=v, factor=output_factor(w_o), lengths=lengths, spec=spec)
+    return LayerInputs(
+        q=q,
+        k=k,
+        v=v,
+        factor=output_factor(w_o),
+        lengths=lengths,
+        spec=spec,
+        w_o=w_o,
+        index=index,
+        num_layers=num_layers,
+    )
 
 
 def score(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
+import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from restkv_jax import budget as budgets
@@ -26,21 +28,28 @@ class CachePlan:
 
     Attributes:
         policy: what is kept.
-        budget: slots a head for the prompt, or a ratio of the prompt; None for policies that
-            keep everything.
+        budget: slots a head for the prompt, or a ratio of the prompt, or one of them for each
+            layer; None for policies that keep everything.
+        layers: how one budget is spread over the layers: "uniform", or "pyramid" (PyramidKV:
+            many slots at the bottom, few at the top, about the same number on average: its slope
+            is rounded down, which can add half a slot a layer for each layer). The pyramid is
+            that of the padded prompt; a row that is shorter keeps at most its layer's slots.
         headroom: slots for tokens that follow the prompt.
     """
 
     policy: Policy
-    budget: Budget | None = None
+    budget: Budget | tuple[Budget, ...] | None = None
+    layers: Literal["uniform", "pyramid"] = "uniform"
     headroom: int = 128
 
     def __post_init__(self) -> None:
         """Refuses a budget that the policy cannot meet.
 
         Raises:
-            ValueError: naming the budget or the headroom, and what was expected.
+            ValueError: naming the budget, the layers or the headroom, and what was expected.
         """
+        if self.layers not in ("uniform", "pyramid"):
+            raise ValueError(f"layers: expected uniform or pyramid, got {self.layers!r}")
         if self.headroom < 0:
             raise ValueError(f"headroom: expected at least 0 slots, got {self.headroom}")
         if not self.policy.needs_budget:
@@ -49,7 +58,13 @@ class CachePlan:
         elif self.budget is None:
             raise ValueError(f"budget: policy {self.policy.name!r} needs one")
         else:
-            budgets.check_budget(self.budget, window=self.policy.protected)
+            by_layer = isinstance(self.budget, tuple)
+            if by_layer and self.layers != "uniform":
+                raise ValueError(f"layers: the budget already has one entry a layer: {self.budget}")
+            if self.budget == ():
+                raise ValueError("budget: expected one for each layer, got none")
+            for one in self.budget if isinstance(self.budget, tuple) else (self.budget,):
+                budgets.check_budget(one, window=self.policy.protected)
 
     def for_layer(self, spec: LayerSpec, columns: int) -> CachePlan:
         """This plan, or for a layer with a sliding window the plan of its ring buffer.
@@ -62,15 +77,51 @@ class CachePlan:
         slots = min(spec.window, columns + self.headroom)
         return CachePlan(policy=_LAST, budget=slots, headroom=0)
 
-    def prompt_slots(self, columns: int) -> int:
-        """C, slots for what is kept of a prompt that is padded to `columns`."""
-        if self.budget is None:
-            return columns
-        return budgets.slot_capacity(self.budget, columns, window=self.policy.protected)
+    def layer_budget(self, layer: int, num_layers: int) -> Budget | None:
+        """The budget that holds for a layer, before it is spread.
 
-    def row_slots(self, lengths: Int[Array, " B"], columns: int) -> Int[Array, " B"]:
-        """Slots that each row may fill."""
-        budget = 1.0 if self.budget is None else self.budget
-        return budgets.row_budget(
-            budget, lengths, window=self.policy.protected, capacity=self.prompt_slots(columns)
+        Raises:
+            ValueError: a list of budgets that is not as long as the model.
+        """
+        if not isinstance(self.budget, tuple):
+            return self.budget
+        if len(self.budget) != num_layers:
+            raise ValueError(f"budget: {len(self.budget)} entries for {num_layers} layers")
+        return self.budget[layer]
+
+    def prompt_slots(self, columns: int, layer: int = 0, num_layers: int = 1) -> int:
+        """C, a layer's slots for what is kept of a prompt that is padded to `columns`."""
+        budget, window = self.layer_budget(layer, num_layers), self.policy.protected
+        if budget is None:
+            return columns
+        slots = budgets.slot_capacity(budget, columns, window=window)
+        if self.layers == "uniform":
+            return slots
+        spread = budgets.pyramid_slots(
+            slots, columns, window=window, layer=layer, num_layers=num_layers
         )
+        return max(spread, window + 1)
+
+    def row_slots(
+        self, lengths: Int[Array, " B"], columns: int, layer: int = 0, num_layers: int = 1
+    ) -> Int[Array, " B"]:
+        """Slots of a layer that each row may fill."""
+        budget, window = self.layer_budget(layer, num_layers), self.policy.protected
+        capacity = self.prompt_slots(columns, layer, num_layers)
+        if budget is None:
+            return budgets.row_budget(1.0, lengths, window=window, capacity=capacity)
+        if self.layers == "uniform":
+            return budgets.row_budget(budget, lengths, window=window, capacity=capacity)
+        mean = budgets.slot_capacity(budget, columns, window=window)
+        uniform = budgets.row_budget(budget, lengths, window=window, capacity=mean)
+        share = (capacity - window) / (mean - window)
+        past = jnp.round((uniform - window) * share).astype(uniform.dtype)
+        return window + jnp.clip(past, 1, capacity - window)
+
+    def alike(self, columns: int, num_layers: int) -> tuple[int, ...]:
+        """For each layer the first one whose budget and slots are the same."""
+        keys = [
+            (self.layer_budget(layer, num_layers), self.prompt_slots(columns, layer, num_layers))
+            for layer in range(num_layers)
+        ]
+        return tuple(map(keys.index, keys))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from restkv_jax.attention import causal_attention
 from restkv_jax.cache import KVCache, init_cache
 from restkv_jax.layer import CompressedLayer, LayerInputs, compress
 from restkv_jax.plan import CachePlan
-from restkv_jax.protocols import CausalLM, LayerSpec
+from restkv_jax.protocols import CausalLM, LayerSpec, Projection
 
 
 def align_right(
@@ -67,18 +68,32 @@ def prefill(
         init_cache(specs, plan, batch=batch, prompt_columns=columns, dtype=model.kv_dtype)
         for plan in plans
     )
+    alike = list(zip(*(plan.alike(columns, len(specs)) for plan in plans), strict=True))
+    # Layers whose budgets agree in all plans share one compiled unit of work.
+    twins = [alike.index(key) for key in alike] if plans else [0] * len(specs)
 
     def attend(
         layer: int | Array,
         q: Float[Array, "B T N H"],
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
-        w_o: Float[Array, "N H D"],
+        w_o: Float[Array, "N H D"] | Projection,
         caches: tuple[KVCache, ...],
     ) -> tuple[Float[Array, "B T N H"], tuple[KVCache, ...]]:
-        spec = specs[layer] if isinstance(layer, int) else specs[0]
+        static = layer if isinstance(layer, int) else 0
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-        out, kept = _attend_and_evict(q, k, v, w_o, lengths, spec=spec, plans=plans)
+        out, kept = _attend_and_evict(
+            q,
+            k,
+            v,
+            w_o,
+            lengths,
+            jnp.asarray(layer, jnp.int32),
+            spec=specs[static],
+            plans=plans,
+            budgets_of=twins[static],
+            num_layers=len(specs),
+        )
         caches = tuple(
             _fill(cache, layer, entry) for cache, entry in zip(caches, kept, strict=True)
         )
@@ -87,20 +102,24 @@ def prefill(
     hidden, caches = model(tokens, positions, attend, caches)
     logits = model.unembed(hidden[:, -1]).astype(jnp.float32)
     return logits, tuple(
-        _finish(cache, plan, lengths, columns) for cache, plan in zip(caches, plans, strict=True)
+        _finish(cache, plan, specs, lengths, columns)
+        for cache, plan in zip(caches, plans, strict=True)
     )
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "plans"))
+@functools.partial(jax.jit, static_argnames=("spec", "plans", "budgets_of", "num_layers"))
 def _attend_and_evict(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
-    w_o: Float[Array, "N H D"],
+    w_o: Float[Array, "N H D"] | Projection,
     lengths: Int[Array, " B"],
+    index: Int[Array, ""],
     *,
     spec: LayerSpec,
     plans: tuple[CachePlan, ...],
+    budgets_of: int,
+    num_layers: int,
 ) -> tuple[Float[Array, "B N T H"], tuple[CompressedLayer, ...]]:
     """One layer's attention, and what each plan keeps of its K/V, as one unit of work.
 
@@ -108,42 +127,52 @@ def _attend_and_evict(
     put the evictions of all layers last and hold all full-length K/V until then. A barrier ties
     them to the attention's output. XLA drops barriers on CPU before it schedules; there a
     conditional, whose results come together, does the same.
+
+    `budgets_of` is the layer whose budgets hold and static, `index` the layer itself and not: so
+    layers that are alike are traced once.
     """
     plans = tuple(plan.for_layer(spec, k.shape[2]) for plan in plans)
     queries = min(max([1, *(plan.policy.query_rows for plan in plans)]), k.shape[2])
 
-    def compute(*arrays: Array) -> tuple[Array, tuple[CompressedLayer, ...]]:
-        q, k, v, w_o, lengths = arrays
+    if not isinstance(w_o, Projection):
+        w_o = Projection(w_o=w_o, factor=output_factor(w_o))
+
+    def compute(
+        q: Array, k: Array, v: Array, w_o: Projection, lengths: Array, index: Array
+    ) -> tuple[Array, tuple[CompressedLayer, ...]]:
         inputs = LayerInputs(
             q=q[:, :, -queries:],
             k=k,
             v=v,
-            factor=output_factor(w_o),
+            factor=w_o.factor,
             lengths=lengths,
             spec=spec,
+            w_o=w_o.w_o,
+            index=index,
+            num_layers=num_layers,
         )
         kept = tuple(
             compress(
                 plan.policy,
                 inputs,
-                capacity=plan.prompt_slots(inputs.columns),
-                budget=plan.row_slots(lengths, inputs.columns),
+                capacity=plan.prompt_slots(inputs.columns, budgets_of, num_layers),
+                budget=plan.row_slots(lengths, inputs.columns, budgets_of, num_layers),
             )
             for plan in plans
         )
         return causal_attention(q, k, v, lengths, spec=spec), kept
 
     compute = jax.jit(compute)  # traced once for both branches
-    arrays = (q, k, v, w_o, lengths)
+    arrays = (q, k, v, w_o, lengths, index)
     shapes = jax.eval_shape(compute, *arrays)
 
-    def nothing(*_: Array) -> tuple[Array, tuple[CompressedLayer, ...]]:
+    def nothing(*_: object) -> tuple[Array, tuple[CompressedLayer, ...]]:
         return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
-    def on_cpu(*arrays: Array) -> tuple[Array, tuple[CompressedLayer, ...]]:
-        return jax.lax.cond(jnp.all(arrays[-1] >= 0), compute, nothing, *arrays)
+    def on_cpu(*arrays: Any) -> tuple[Array, tuple[CompressedLayer, ...]]:
+        return jax.lax.cond(jnp.all(lengths >= 0), compute, nothing, *arrays)
 
-    def elsewhere(*arrays: Array) -> tuple[Array, tuple[CompressedLayer, ...]]:
+    def elsewhere(*arrays: Any) -> tuple[Array, tuple[CompressedLayer, ...]]:
         return jax.lax.optimization_barrier(compute(*arrays))
 
     return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)
@@ -154,13 +183,22 @@ def _fill(cache: KVCache, layer: int | Array, kept: CompressedLayer) -> KVCache:
     return cache.with_stack(index, cache.stacks[index].fill(row, kept))
 
 
-def _finish(cache: KVCache, plan: CachePlan, lengths: Int[Array, " B"], columns: int) -> KVCache:
-    evicted = jnp.minimum(lengths, plan.row_slots(lengths, columns))
-    stacks = tuple(
-        # The oldest token of a full ring is in slot 0, which is where S % S points to.
-        dataclasses.replace(
-            stack, used=jnp.minimum(lengths, stack.slots) if stack.ring else evicted
-        )
-        for stack in cache.stacks
-    )
-    return dataclasses.replace(cache, stacks=stacks, next_position=lengths)
+def _finish(
+    cache: KVCache,
+    plan: CachePlan,
+    specs: tuple[LayerSpec, ...],
+    lengths: Int[Array, " B"],
+    columns: int,
+) -> KVCache:
+    num_layers = len(specs)
+    alike = plan.alike(columns, num_layers)
+    stacks = list(cache.stacks)
+    # One layer of each stack and budget stands for those like it.
+    for layer in {(alike[i], cache.rows[i][0]): i for i in range(num_layers)}.values():
+        index, _ = cache.rows[layer]
+        own = plan.for_layer(specs[layer], columns)
+        # Layers of one stack share a cursor; where one keeps less, the slots before it are empty.
+        slots = jnp.minimum(lengths, own.row_slots(lengths, columns, layer, num_layers))
+        used = jnp.maximum(stacks[index].used, slots)
+        stacks[index] = dataclasses.replace(stacks[index], used=used)
+    return dataclasses.replace(cache, stacks=tuple(stacks), next_position=lengths)

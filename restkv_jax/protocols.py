@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol, TypeVar
 
+import jax
 from jaxtyping import Array, DTypeLike, Float, Int
 
 State = TypeVar("State")
@@ -40,6 +41,20 @@ class LayerSpec:
         return self.num_heads // self.num_kv_heads
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Projection:
+    """An output projection together with its factor, computed before (see `FactoredLM`).
+
+    Attributes:
+        w_o: [N, H, D] W_O by head.
+        factor: [N, H, R] with factor · factorᵀ = W_O W_Oᵀ for each head.
+    """
+
+    w_o: Float[Array, "N H D"]
+    factor: Float[Array, "N H R"]
+
+
 class Attend(Protocol[State]):
     """The attention of one layer, handed to the model by `prefill` and `decode_step`."""
 
@@ -49,7 +64,7 @@ class Attend(Protocol[State]):
         q: Float[Array, "B T N H"],
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
-        w_o: Float[Array, "N H D"],
+        w_o: Float[Array, "N H D"] | Projection,
         state: State,
         /,
     ) -> tuple[Float[Array, "B T N H"], State]:
@@ -61,8 +76,7 @@ class Attend(Protocol[State]):
             q: queries, after bias, normalisation and rotary embedding, not scaled.
             k: keys, likewise.
             v: values.
-            w_o: this layer's output projection by head, [N, H, D]. Any [N, H, R] with the same
-                `w_o @ w_o.T` per head serves as well (see `scoring.output_factor`).
+            w_o: this layer's output projection by head.
             state: what the last call of `attend` (or the model's caller) handed over.
 
         Returns:

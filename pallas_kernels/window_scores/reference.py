@@ -127,10 +127,11 @@ def per_query_reconstruction(
     row_weights: Float[Array, " W"],
     *,
     relative: bool = False,
+    power: float = 1.0,
 ) -> Float[Array, "B N P"]:
     """Odds times distance of every query, then averaged over the window (Eq. 7 of the paper).
 
-        I_t[n] = A_t[n] / (1 - A_t[n]) · ‖(o_t - v_n) W_O‖,    I[n] = Σ_t row_weights_t I_t[n],
+        I_t[n] = A_t[n] / (1 - A_t[n]) · ‖(o_t - v_n) W_O‖,    I[n] = Σ_t row_weights_t I_t[n]^p,
     where o_t sums over all keys that query t sees.
 
     Args:
@@ -139,6 +140,7 @@ def per_query_reconstruction(
         factor: see `output_factor`.
         row_weights: weight of each query in the average.
         relative: divide I_t by ‖o_t W_O‖.
+        power: p.
 
     Returns:
         I of the T - W past keys, finite for any weights.
@@ -159,7 +161,7 @@ def per_query_reconstruction(
         error = jnp.where(dominant, exact, error)
         if relative:
             error /= jnp.maximum(jnp.linalg.norm(output, axis=-1, keepdims=True), _TINY)
-        return jnp.einsum("bwt,w->bt", error, row_weights)[:, :past]
+        return jnp.einsum("bwt,w->bt", error**power, row_weights)[:, :past]
 
     kv_heads = jnp.arange(weights.shape[1]) // group
     scores = jax.lax.map(head, (jnp.moveaxis(weights, 1, 0), factor, kv_heads))

@@ -50,17 +50,18 @@ class Ablation(WindowPolicy):
         if self.indicator == "reconstruction":
             return self._restkv().past_scores(layer, capacity, budget)
         if self.indicator == "attn":
-            snapkv = SnapKV(window=self.window, kernel=self.kernel)
+            snapkv = SnapKV(window=self.window, sinks=self.sinks, kernel=self.kernel)
             return snapkv.past_scores(layer, capacity, budget)
         past = layer.columns - self.window
         received = jnp.sum(layer.window_weights(self.window)[..., :past], axis=2)
         length = jnp.linalg.norm(layer.v[:, :, :past].astype(jnp.float32), axis=-1)
         scores = received * jnp.repeat(length, layer.spec.group_size, axis=1)
-        return average_pool(scores, layer.valid[:, None, :past], self.kernel)
+        return average_pool(scores, self.poolable(layer), self.kernel)
 
     def _restkv(self) -> RestKV:
         return RestKV(
             window=self.window,
+            sinks=self.sinks,
             granularity=self.granularity,
             group_reduce=self.group_reduce,
             temporal=self.temporal,

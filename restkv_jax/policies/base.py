@@ -7,13 +7,16 @@ import dataclasses
 from typing import ClassVar, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.masked_eviction import select_slots
 from restkv_jax.layer import LayerInputs
 
 Granularity = Literal["kv_head", "query_head"]
 GroupReduce = Literal["mean", "max"]
+
+# `query_rows` of a policy that looks at every query of the prompt, however long.
+ALL_QUERIES = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,8 @@ class WindowPolicy(Policy):
 
     Attributes:
         window: W.
+        sinks: tokens at the start that are always kept and stay out of the pooling, so that the
+            weight that they attract does not spread to their neighbours.
         granularity: "kv_head" keeps one set per key/value head, the true cost of grouped-query
             attention; "query_head" one per query head, as the reference does, at G times the
             memory.
@@ -79,6 +84,7 @@ class WindowPolicy(Policy):
     """
 
     window: int = 32
+    sinks: int = 0
     granularity: Granularity = "kv_head"
     group_reduce: GroupReduce = "mean"
 
@@ -89,13 +95,14 @@ class WindowPolicy(Policy):
             ValueError: naming the option.
         """
         require(self.window >= 1, "window", "at least 1", self.window)
+        require(self.sinks >= 0, "sinks", "at least 0", self.sinks)
         require_choice("granularity", self.granularity, ("kv_head", "query_head"))
         require_choice("group_reduce", self.group_reduce, ("mean", "max"))
 
     @property
     def protected(self) -> int:
-        """The window."""
-        return self.window
+        """The window and the sinks."""
+        return self.window + self.sinks
 
     @property
     def query_rows(self) -> int:
@@ -115,27 +122,87 @@ class WindowPolicy(Policy):
         Args:
             layer: the layer's attention.
             capacity: static upper bound of `budget`.
-            budget: past tokens to keep in each row, the window not counted.
+            budget: past tokens to keep in each row, window and sinks not counted.
         """
+
+    def poolable(self, layer: LayerInputs) -> Bool[Array, "B 1 P"]:
+        """True for the past columns that pooling may look at: tokens, but no sinks."""
+        return layer.positions[:, None, : layer.columns - self.window] >= self.sinks
 
     def importance(
         self, layer: LayerInputs, capacity: int, budget: Int[Array, " B"]
     ) -> Float[Array, "B J T"]:
-        """Past scores by head, the window pinned, padding at -inf."""
-        batch = layer.k.shape[0]
+        """Past scores by head, the window and the sinks pinned, padding at -inf."""
         window = min(self.window, layer.columns)
         past = layer.columns - window
         if past:
-            scores = self.past_scores(layer, min(capacity - window, past), budget - window)
+            # At least 1: rows that the protected tokens fill still need scores that are numbers.
+            most = max(min(capacity - self.protected, past), 1)
+            scores = self.past_scores(layer, most, jnp.clip(budget - self.protected, 1, most))
             if self.granularity == "kv_head":
-                grouped = scores.reshape(batch, layer.spec.num_kv_heads, -1, past)
-                scores = (jnp.mean if self.group_reduce == "mean" else jnp.max)(grouped, axis=2)
+                scores = reduce_groups(scores, layer.spec.num_kv_heads, self.group_reduce)
         else:
             heads = self.cache_heads(layer.spec.num_heads, layer.spec.num_kv_heads)
-            scores = jnp.zeros((batch, heads, 0), jnp.float32)
-        pinned = jnp.full((*scores.shape[:2], window), jnp.inf, scores.dtype)
-        everything = jnp.concatenate([scores, pinned], axis=-1)
-        return jnp.where(layer.valid[:, None], everything, -jnp.inf)
+            scores = jnp.zeros((layer.k.shape[0], heads, 0), jnp.float32)
+        scores = jnp.pad(scores, ((0, 0), (0, 0), (0, window)))
+        return pin(scores, layer, sinks=self.sinks, recent=window)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenPolicy(Policy):
+    """A policy that scores every token on its own; what it forces is up to the caller.
+
+    Attributes:
+        sinks: tokens at the start that are always kept.
+        recent: tokens at the end that are always kept.
+    """
+
+    sinks: int = 0
+    recent: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses options that make no sense.
+
+        Raises:
+            ValueError: naming the option.
+        """
+        require(self.sinks >= 0, "sinks", "at least 0", self.sinks)
+        require(self.recent >= 0, "recent", "at least 0", self.recent)
+
+    @property
+    def protected(self) -> int:
+        """The sinks and the recent tokens."""
+        return self.sinks + self.recent
+
+    @abc.abstractmethod
+    def token_scores(self, layer: LayerInputs) -> Float[Array, "B J T"]:
+        """Scores of all columns, those of padding without meaning; J may be 1 for all heads."""
+
+    def importance(
+        self, layer: LayerInputs, capacity: int, budget: Int[Array, " B"]
+    ) -> Float[Array, "B J T"]:
+        """Scores, what is forced pinned, padding at -inf."""
+        del capacity, budget
+        scores = pin(self.token_scores(layer), layer, sinks=self.sinks, recent=self.recent)
+        heads = self.cache_heads(layer.spec.num_heads, layer.spec.num_kv_heads)
+        return jnp.broadcast_to(scores, (scores.shape[0], heads, layer.columns))
+
+
+def pin(
+    scores: Float[Array, "B J T"], layer: LayerInputs, *, sinks: int, recent: int
+) -> Float[Array, "B J T"]:
+    """Puts the first and the last tokens of each row at +inf, padding at -inf."""
+    forced = (layer.positions < sinks) | (jnp.arange(layer.columns) >= layer.columns - recent)
+    scores = jnp.where(forced[:, None], jnp.inf, scores)
+    return jnp.where(layer.valid[:, None], scores, -jnp.inf)
+
+
+def reduce_groups(
+    scores: Float[Array, "B N P"], num_kv_heads: int, how: GroupReduce
+) -> Float[Array, "B K P"]:
+    """One score for each group of query heads that shares a key/value head."""
+    grouped = scores.reshape(scores.shape[0], num_kv_heads, -1, scores.shape[-1])
+    return (jnp.mean if how == "mean" else jnp.max)(grouped, axis=2)
 
 
 def require(holds: bool, option: str, expected: str, got: object) -> None:

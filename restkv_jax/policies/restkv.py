@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.window_scores import aggregated_reconstruction, per_query_reconstruction
@@ -27,7 +26,7 @@ class RestKV(WindowPolicy):
     """Reconstruction error of the layer's output, smoothed over time and space.
 
     The defaults are the released code's headline setting (`released()`); `paper()` is the form
-    that the paper's equations state.
+    that the paper's equations state, `robust()` a setting of this library's own.
 
     Attributes:
         form: "after" averages the window's attention first and scores once; "before" scores
@@ -64,6 +63,16 @@ class RestKV(WindowPolicy):
         """The paper's equations: Eq. 7 for every query, then the moving average."""
         return cls(**{"form": "before", **options})  # type: ignore[arg-type]
 
+    @classmethod
+    def robust(cls, **options: object) -> RestKV:
+        """The released score with the sinks kept aside and a wide average over positions.
+
+        A wide window smears the score of the attention sink over its neighbours, which then take
+        the place of tokens that matter; keeping the sinks out of the average is what allows it.
+        """
+        robust = {"form": "after", "sinks": 4, "spatial": "avgpool", "kernel": 21}
+        return cls(**{**robust, **options})  # type: ignore[arg-type]
+
     def __post_init__(self) -> None:
         """Refuses options that make no sense.
 
@@ -93,21 +102,17 @@ class RestKV(WindowPolicy):
         del capacity
         weights = layer.window_weights(self.window)
         scores = self._reconstruction(layer, weights)
-        valid = layer.valid[:, None, : scores.shape[-1]]
         if self.spatial == "none":
             return scores
         if self.spatial == "adaptive":
             return self._adaptive(layer, weights, scores, budget)
         pool = average_pool if self.spatial == "avgpool" else max_pool
-        return pool(scores, valid, self.kernel)
+        return pool(scores, self.poolable(layer), self.kernel)
 
     def _reconstruction(
         self, layer: LayerInputs, weights: Float[Array, "B N W T"]
     ) -> Float[Array, "B N P"]:
-        factor = layer.factor
-        if not self.project:
-            size = layer.spec.head_dim
-            factor = jnp.broadcast_to(jnp.eye(size), (layer.spec.num_heads, size, size))
+        factor = layer.distance_factor(project=self.project)
         rows = temporal_weights(self.temporal, self.window, self.alpha)
         if self.form == "before":
             return per_query_reconstruction(weights, layer.v, factor, rows, relative=self.relative)
@@ -126,7 +131,7 @@ class RestKV(WindowPolicy):
         drift = attention_drift(weights, budget.clip(1, layer.columns))
         kernels, shifts = adaptive_window(drift, kernel=self.kernel, scale=self.scale)
         most = int(layer.columns // self.scale)  # |drift| < T bounds both, statically
-        first = (layer.columns - layer.lengths).clip(0, scores.shape[-1] - 1)
+        first = (layer.columns - layer.lengths + self.sinks).clip(0, scores.shape[-1] - 1)
         return adaptive_pool(
             scores,
             first,

@@ -45,4 +45,4 @@ class SnapKV(WindowPolicy):
         past = layer.columns - self.window
         scores = jnp.sum(layer.window_weights(self.window)[..., :past], axis=2)
         pool = average_pool if self.pooling == "avgpool" else max_pool
-        return pool(scores, layer.valid[:, None, :past], self.kernel)
+        return pool(scores, self.poolable(layer), self.kernel)

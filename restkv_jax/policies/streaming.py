@@ -42,7 +42,7 @@ class Streaming(Policy):
     ) -> Float[Array, "B K T"]:
         """Sinks pinned, the others by recency."""
         del capacity, budget
-        positions = jnp.arange(layer.columns) - (layer.columns - layer.lengths[:, None])
+        positions = layer.positions
         recency = jnp.where(positions < self.sinks, jnp.inf, positions.astype(jnp.float32))
         recency = jnp.where(positions < 0, -jnp.inf, recency)
         shape = (*layer.k.shape[:2], layer.columns)

@@ -12,6 +12,7 @@ import pytest
 
 from restkv_jax.decode import (
     CachePlan,
+    CriticalKV,
     Full,
     RestKV,
     Sampling,
@@ -24,6 +25,7 @@ from restkv_jax.decode import (
     pad_prompts,
     prefill,
     row_keys,
+    with_output_factors,
 )
 from tests.restkv_jax import dense, tiny
 
@@ -136,6 +138,17 @@ def test_one_prefill_serves_many_plans(model):
         np.testing.assert_allclose(logits, alone_logits, atol=1e-6)
         for layer in range(2):
             np.testing.assert_array_equal(cache.kept_positions(layer), alone.kept_positions(layer))
+
+
+def test_factors_made_before_change_nothing(model):
+    batch = pad_prompts(prompts(40, 22))
+    plans = tuple(plan_of(policy) for policy in (*POLICIES, CriticalKV(window=W)))
+    logits, caches = prefill(model, *batch, plans=plans)
+    factored_logits, factored = prefill(with_output_factors(model), *batch, plans=plans)
+    np.testing.assert_array_equal(logits, factored_logits)
+    for one, other in zip(caches, factored, strict=True):
+        for layer in range(2):
+            np.testing.assert_array_equal(one.kept_positions(layer), other.kept_positions(layer))
 
 
 def test_slots_depend_on_budget_and_headroom_only(model):

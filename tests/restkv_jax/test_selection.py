@@ -21,7 +21,7 @@ from restkv_jax.decode import (
     score,
     select,
 )
-from restkv_jax.policies import Ablation
+from restkv_jax.policies import H2O, TOVA, Ablation, ExpectedAttention
 from restkv_jax.smoothing import adaptive_pool, adaptive_window, attention_drift, max_pool
 from tests.restkv_jax import oracle
 
@@ -36,9 +36,17 @@ SCORED = [
     RestKV.paper(window=W, granularity="query_head"),
     RestKV(window=W, group_reduce="max", spatial="avgpool"),
     RestKV(window=W, scale=3.0),
+    RestKV.robust(window=W, kernel=7),
+    H2O(window=W),
     Ablation(window=W, indicator="attn-v"),
 ]
-EVERY = [*SCORED, Streaming(), POLICIES["full"]()]
+EVERY = [
+    *SCORED,
+    TOVA(recent=1),
+    ExpectedAttention(rows=8),
+    Streaming(),
+    POLICIES["full"](),
+]
 
 
 def arrays(length, seed=0, batch=1):

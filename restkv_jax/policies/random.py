@@ -1,0 +1,37 @@
+"""Random eviction: the floor that every score has to beat."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from restkv_jax.layer import LayerInputs
+from restkv_jax.policies.base import TokenPolicy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Random(TokenPolicy):
+    """A uniform number for each layer, head and position: the same whenever it is asked for.
+
+    Attributes:
+        seed: of the numbers.
+    """
+
+    name: ClassVar[str] = "random"
+
+    seed: int = 0
+
+    def token_scores(self, layer: LayerInputs) -> Float[Array, "B K T"]:
+        """U[0, 1) by layer, position and head; padding does not shift it."""
+        key = jax.random.fold_in(jax.random.key(self.seed), layer.index)
+        heads = (layer.spec.num_kv_heads,)
+        draw = jax.vmap(
+            lambda position: jax.random.uniform(jax.random.fold_in(key, position), heads)
+        )
+        drawn = draw(jnp.arange(layer.columns))
+        by_row = jnp.take(drawn, jnp.maximum(layer.positions, 0), axis=0)
+        return jnp.moveaxis(by_row, -1, 1)
