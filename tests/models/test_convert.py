@@ -61,7 +61,7 @@ def test_fixtures_restores_onto_a_mesh(converted):
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
     def sharding(path, shape):
-        if path.endswith("norm.w"):
+        if len(shape) == 1 or shape[1] % 4:
             return None
         return NamedSharding(mesh, PartitionSpec(None, "model"))
 
