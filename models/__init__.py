@@ -11,13 +11,22 @@ from models import gguf_model, gguf_tokenizer, huggingface, orbax_folder
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.errors import CheckpointError
+from models.gemma import Gemma
 from models.gguf_file import GGUFStore
 from models.llama import Llama
 from models.sources import resolve
 from models.tokenizer import Tokenizer
 from models.weights import Sharding, weights_bytes
 
-__all__ = ["CheckpointError", "LanguageModel", "Llama", "ModelConfig", "Tokenizer", "load"]
+__all__ = [
+    "CheckpointError",
+    "Gemma",
+    "LanguageModel",
+    "Llama",
+    "ModelConfig",
+    "Tokenizer",
+    "load",
+]
 
 _DTYPES = ("float32", "bfloat16")
 

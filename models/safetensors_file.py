@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  # teaches NumPy, and so safetensors, the name "bfloat16"
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -16,7 +16,7 @@ from models.weights import raise_problems
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_DTYPES = ("F32", "F16", "BF16")
+_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}
 
 
 class SafetensorsStore:
@@ -33,7 +33,7 @@ class SafetensorsStore:
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._files: dict[str, Any] = {}
+        self._places: dict[str, tuple[np.ndarray, str, int, int]] = {}
         if (folder / _SINGLE).exists():
             self._add(folder / _SINGLE, wanted=None)
         elif (folder / _INDEX).exists():
@@ -45,8 +45,9 @@ class SafetensorsStore:
             raise CheckpointError(f"{folder}: no {_SINGLE} and no {_INDEX}{unsafe}")
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, in the dtype it is stored in."""
-        return self._files[name].get_tensor(name)
+        """The tensor, in the dtype it is stored in: a view of the mapped file, not a copy."""
+        data, dtype, start, end = self._places[name]
+        return data[start:end].view(_DTYPES[dtype]).reshape(self.shapes[name])
 
     def _add(self, path: Path, wanted: set[str] | None) -> None:
         """Takes in the tensors of one file; `wanted` are those that the index puts there."""
@@ -56,6 +57,7 @@ class SafetensorsStore:
             file = safe_open(path, framework="numpy")
         except (SafetensorError, OSError) as err:
             raise CheckpointError(f"{path}: not a whole safetensors file ({err})") from err
+        data, header = _map(path)
         problems = []
         names = set(file.keys())
         if wanted is not None:
@@ -64,10 +66,18 @@ class SafetensorsStore:
         for name in sorted(names):
             part = file.get_slice(name)
             self.shapes[name] = tuple(part.get_shape())
-            self._files[name] = file
+            self._places[name] = (data, part.get_dtype(), *header[name]["data_offsets"])
             if part.get_dtype() not in _DTYPES:
-                problems.append(f"{name} has dtype {part.get_dtype()}: not one of {_DTYPES}")
+                problems.append(f"{name} has dtype {part.get_dtype()}: not one of {tuple(_DTYPES)}")
         raise_problems(path, problems)
+
+
+def _map(path: Path) -> tuple[np.ndarray, Mapping[str, Any]]:
+    """The data of a file that was found whole, as bytes, and its header."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return np.memmap(path, np.uint8, "r", offset=8 + size), header
 
 
 def _read_index(folder: Path) -> Mapping[str, set[str]]:

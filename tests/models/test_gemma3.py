@@ -40,8 +40,11 @@ def runs(lm, goldens):
 def test_fixtures_logits(prompt, runs, goldens):
     length, logits = runs[prompt]
     last = logits[length - 8 : length]
-    assert np.abs(last[-2:] - goldens[f"{prompt}_logits_last2"]).max() <= LOGITS_MAX
-    assert np.abs(last[:, ::16] - goldens[f"{prompt}_logits_last8_stride16"]).max() <= LOGITS_MAX
+    if f"{prompt}_logits_last2" in goldens:
+        assert np.abs(last[-2:] - goldens[f"{prompt}_logits_last2"]).max() <= LOGITS_MAX
+    if f"{prompt}_logits_last8_stride16" in goldens:
+        every_16th = goldens[f"{prompt}_logits_last8_stride16"]
+        assert np.abs(last[:, ::16] - every_16th).max() <= LOGITS_MAX
     top_ids, top = goldens[f"{prompt}_top20_ids_last8"], goldens[f"{prompt}_top20_logits_last8"]
     assert np.abs(np.take_along_axis(last, top_ids, axis=1) - top).max() <= LOGITS_MAX
     lse = np.logaddexp.reduce(last, axis=1)
