@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from restkv_jax.layer import CompressedLayer
+from restkv_jax.compression import CompressedLayer
 from restkv_jax.plan import CachePlan
 from restkv_jax.protocols import LayerSpec
 

@@ -14,6 +14,7 @@ weights that stay as they are. With the arrays of any model's attention: `layer_
 """
 
 from restkv_jax.cache import KVCache, LayerStack, init_cache
+from restkv_jax.compression import CompressedLayer, compress, score, select
 from restkv_jax.decode_loop import DecodeState, decode_chunk, decode_step, init_decode
 from restkv_jax.factors import FactoredLM, with_output_factors
 from restkv_jax.generate import (
@@ -23,7 +24,7 @@ from restkv_jax.generate import (
     generate,
     pad_prompts,
 )
-from restkv_jax.layer import CompressedLayer, LayerInputs, compress, layer_inputs, score, select
+from restkv_jax.layer import LayerInputs, layer_inputs
 from restkv_jax.plan import CachePlan
 from restkv_jax.policies import (
     CAOTE,

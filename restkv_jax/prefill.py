@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.window_scores import output_factor
 from restkv_jax.attention import causal_attention
 from restkv_jax.cache import KVCache, init_cache
-from restkv_jax.layer import CompressedLayer, LayerInputs, compress
+from restkv_jax.compression import CompressedLayer, compress
+from restkv_jax.layer import LayerInputs
 from restkv_jax.plan import CachePlan
 from restkv_jax.protocols import CausalLM, LayerSpec, Projection
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import time
@@ -13,7 +14,7 @@ import numpy as np
 
 from experiments.core.errors import UserError
 from experiments.core.runner import Answer
-from restkv_jax.cache import KVCache, init_cache
+from restkv_jax.cache import KVCache
 from restkv_jax.decode import (
     CachePlan,
     CausalLM,
@@ -39,7 +40,8 @@ class EvictionEngine:
         weights_bytes: memory that the weights take.
 
     Raises:
-        UserError: the caches of one row do not fit into memory.
+        UserError: a plan does not suit the model, or the caches of one row do not fit into
+            memory.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class EvictionEngine:
         weights_bytes: int,
     ) -> None:
         self._plans = dict(plans)
-        check_memory(model, self._plans, bucket_length(longest_prompt), weights_bytes)
+        check_fit(model, self._plans, bucket_length(longest_prompt), weights_bytes)
         self._model = with_output_factors(model)
 
     def answer(
@@ -90,23 +92,30 @@ class EvictionEngine:
         return answers
 
 
-def check_memory(
+def check_fit(
     model: CausalLM, plans: Mapping[str, CachePlan], columns: int, weights_bytes: int
 ) -> None:
-    """Refuses caches that cannot fit beside the weights, before anything is allocated.
+    """Refuses plans that the model cannot follow, or whose caches cannot fit beside the weights.
+
+    Everything is traced by shape alone, nothing is allocated.
 
     Raises:
-        UserError: naming the largest cache and what there is.
+        UserError: naming the policy, or the largest cache and what memory there is.
     """
-    available = _device_memory()
+    prompt = jax.ShapeDtypeStruct((1, columns), jnp.int32)
     sizes = {}
     for label, plan in plans.items():
-        shape = jax.eval_shape(
-            lambda plan=plan: init_cache(
-                model.layer_specs, plan, batch=1, prompt_columns=columns, dtype=model.kv_dtype
+        try:
+            _, (cache,) = jax.eval_shape(
+                functools.partial(prefill, plans=(plan,)),
+                model,
+                prompt,
+                jax.ShapeDtypeStruct(prompt.shape, bool),
             )
-        )
-        sizes[label] = shape.total_bytes
+        except ValueError as error:  # what a policy has to say of this model or budget
+            raise UserError(f"--policy {label}: {error}") from None
+        sizes[label] = cache.total_bytes
+    available = _device_memory()
     needed = sum(sizes.values()) + weights_bytes
     if available is not None and needed > available:
         largest = max(sizes, key=lambda label: sizes[label])

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.masked_eviction import select_slots
-from restkv_jax.layer import layer_inputs, score, select
+from restkv_jax.compression import score, select
+from restkv_jax.layer import layer_inputs
 from restkv_jax.policies import (
     CAOTE,
     H2O,

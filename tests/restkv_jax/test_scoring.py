@@ -15,7 +15,8 @@ from pallas_kernels.window_scores import (
     per_query_reconstruction,
     window_attention,
 )
-from restkv_jax.layer import layer_inputs, score
+from restkv_jax.compression import score
+from restkv_jax.layer import layer_inputs
 from restkv_jax.policies import RestKV, SnapKV
 from restkv_jax.smoothing import temporal_weights
 from tests.restkv_jax import oracle
