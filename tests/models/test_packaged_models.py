@@ -1,4 +1,4 @@
-"""Gemma 3 270M, out of a quantised GGUF file, against its golden values."""
+"""Real models, out of quantised GGUF files, against their golden values."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +7,7 @@ from dense_attend import dense_logits
 from model_fixtures import FIXTURES
 
 import models
+from restkv_jax.decode import CachePlan, Full, RestKV, generate
 
 LOGITS_MAX = 5e-3
 # Golden margins below this may flip in another implementation.
@@ -14,15 +15,24 @@ CLEAR_MARGIN = 0.05
 PROMPTS = ("short", "mid")
 
 
+# Folder of goldens -> name of the model.
+PACKAGED = {"smollm2": "smollm2-135m-instruct", "gemma3": "gemma-3-270m"}
+
+
+@pytest.fixture(scope="module", params=PACKAGED)
+def folder(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def goldens():
-    with np.load(FIXTURES / "gemma3/logits.npz") as arrays:
+def goldens(folder):
+    with np.load(FIXTURES / folder / "logits.npz") as arrays:
         return {key: arrays[key] for key in arrays.files}
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return models.load("gemma-3-270m")
+def lm(folder):
+    return models.load(PACKAGED[folder])
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +50,11 @@ def runs(lm, goldens):
 def test_fixtures_logits(prompt, runs, goldens):
     length, logits = runs[prompt]
     last = logits[length - 8 : length]
-    if f"{prompt}_logits_last2" in goldens:
-        assert np.abs(last[-2:] - goldens[f"{prompt}_logits_last2"]).max() <= LOGITS_MAX
-    if f"{prompt}_logits_last8_stride16" in goldens:
-        every_16th = goldens[f"{prompt}_logits_last8_stride16"]
-        assert np.abs(last[:, ::16] - every_16th).max() <= LOGITS_MAX
+    stored = {"last8": np.s_[:], "last2": np.s_[-2:], "last8_stride16": np.s_[:, ::16]}
+    for key, part in stored.items():
+        if f"{prompt}_logits_{key}" in goldens:
+            expected = goldens[f"{prompt}_logits_{key}"]
+            assert np.abs(last[part] - expected).max() <= LOGITS_MAX
     top_ids, top = goldens[f"{prompt}_top20_ids_last8"], goldens[f"{prompt}_top20_logits_last8"]
     assert np.abs(np.take_along_axis(last, top_ids, axis=1) - top).max() <= LOGITS_MAX
     lse = np.logaddexp.reduce(last, axis=1)
@@ -74,10 +84,29 @@ def test_fixtures_greedy(prompt, runs, goldens):
     np.testing.assert_array_equal(greedy[:checked], goldens[f"{prompt}_greedy32"][:checked])
 
 
-def test_description(lm):
-    assert lm.tokenizer.vocab_size == lm.config.vocab_size
-    assert lm.eos_ids == (1,)
-    assert lm.tokenizer.add_bos
-    assert lm.weights_bytes == 4 * 268_098_176
-    assert [i for i, window in enumerate(lm.config.windows) if window is None] == [5, 11, 17]
-    assert lm.config.windows[0] == 512
+@pytest.mark.parametrize("policy", [Full(), RestKV()], ids=lambda policy: policy.name)
+def test_fixtures_greedy_from_a_cache(policy, lm, goldens):
+    """Prefill and decode chunks; a budget that holds the prompt evicts nothing."""
+    plan = CachePlan(policy=policy, budget=384 if policy.needs_budget else None, headroom=32)
+    prompt, expected = goldens["mid_ids"].tolist(), goldens["mid_greedy32"]
+    out = generate(lm.model, [prompt], plan=plan, max_new_tokens=32, chunk=31)
+    close = np.flatnonzero(goldens["mid_greedy32_margin"] < CLEAR_MARGIN)
+    checked = close[0] if close.size else len(expected)
+    assert checked > 0
+    np.testing.assert_array_equal(out.tokens[0, :checked], expected[:checked])
+
+
+def test_description(lm, folder):
+    tokenizer, config = lm.tokenizer, lm.config
+    assert lm.name == PACKAGED[folder]
+    assert tokenizer.vocab_size == config.vocab_size
+    if folder == "smollm2":
+        assert lm.eos_ids == lm.turn_end_ids == tuple(tokenizer.encode("<|im_end|>"))
+        assert not tokenizer.add_bos
+        assert lm.weights_bytes == 4 * 134_515_008
+    else:
+        assert lm.eos_ids == (1,)
+        assert tokenizer.add_bos
+        assert lm.weights_bytes == 4 * 268_098_176
+        assert [i for i, window in enumerate(config.windows) if window is None] == [5, 11, 17]
+        assert config.windows[0] == 512
