@@ -30,6 +30,7 @@ from restkv_jax.policies import (
 )
 from restkv_jax.policies.h2o import received_attention
 from tests.restkv_jax import oracle
+from tests.restkv_jax.jaxprs import sizes
 
 N, K, W, T, H, D = 4, 2, 4, 48, 8, 20
 GROUP, SCALE, BUDGET = N // K, H**-0.5, 12
@@ -288,18 +289,7 @@ def test_h2o_never_holds_the_attention_matrix():
     arrays = (jax.ShapeDtypeStruct((1, heads, length, H), jnp.float32) for heads in (N, K, K))
     shapes = jax.eval_shape(layer_inputs, *arrays, jax.ShapeDtypeStruct((N, H, D), jnp.float32))
     jaxpr = jax.make_jaxpr(received_attention)(shapes)
-    assert max(_sizes(jaxpr.jaxpr)) < length * length // 8
-
-
-def _sizes(jaxpr):
-    for equation in jaxpr.eqns:
-        yield from (out.aval.size for out in equation.outvars)
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else [value]:
-                if hasattr(inner, "jaxpr"):
-                    yield from _sizes(inner.jaxpr)
-                elif hasattr(inner, "eqns"):
-                    yield from _sizes(inner)
+    assert max(sizes(jaxpr.jaxpr)) < length * length // 8
 
 
 def test_h2o_asks_for_all_queries():

@@ -20,6 +20,7 @@ from restkv_jax.layer import layer_inputs
 from restkv_jax.policies import RestKV, SnapKV
 from restkv_jax.smoothing import temporal_weights
 from tests.restkv_jax import oracle
+from tests.restkv_jax.jaxprs import sizes
 
 N, K, W, T, H, D = 6, 2, 4, 40, 8, 20
 score = jax.jit(score, static_argnums=0, static_argnames="capacity")
@@ -169,19 +170,8 @@ def test_nothing_as_large_as_window_times_length_times_width_is_made(form):
     )
     policy = RestKV(form=form, window=window)
     jaxpr = jax.make_jaxpr(lambda layer: score(policy, layer, capacity=64))(layer)
-    largest = max(_sizes(jaxpr.jaxpr))
+    largest = max(sizes(jaxpr.jaxpr))
     assert largest < length * heads * size
-
-
-def _sizes(jaxpr):
-    for equation in jaxpr.eqns:
-        yield from (out.aval.size for out in equation.outvars)
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else [value]:
-                if hasattr(inner, "jaxpr"):
-                    yield from _sizes(inner.jaxpr)
-                elif hasattr(inner, "eqns"):
-                    yield from _sizes(inner)
 
 
 def test_the_whole_score_of_a_head_equals_numpy():
