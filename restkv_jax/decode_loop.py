@@ -23,7 +23,8 @@ class DecodeState:
     Attributes:
         cache: keys and values of everything before `token`.
         token: int32 [B] the newest token, not yet in the cache.
-        logprob: float32 [B] its log-probability under the model.
+        logprob: float32 [B] its log-probability under the model, renormalised without the stop
+            tokens where `min_new_tokens` bars them.
         produced: int32 [B] tokens drawn so far, `token` counted.
         limit: int32 [B] how many each row may draw.
         done: bool [B] rows that drew a stop token or reached their limit.
