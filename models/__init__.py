@@ -16,7 +16,7 @@ from models.gguf_file import GGUFStore
 from models.llama import Llama
 from models.sources import resolve
 from models.tokenizer import Tokenizer
-from models.weights import Sharding, weights_bytes
+from models.weights import Sharding, build, weights_bytes
 
 __all__ = [
     "CheckpointError",
@@ -81,13 +81,15 @@ def load(
     if path.is_dir():
         tokenizer = huggingface.read_tokenizer(path)
         eos_ids = huggingface.read_eos_ids(path)
-        reader = orbax_folder if orbax_folder.is_converted(path) else huggingface
-        model = reader.read_model(path, jnp.dtype(dtype), sharding)
+        if orbax_folder.is_converted(path):
+            model = orbax_folder.read_model(path, jnp.dtype(dtype), sharding)
+        else:
+            model = build(huggingface.open_weights(path), jnp.dtype(dtype), sharding)
     else:
         store = GGUFStore(path)
         tokenizer = gguf_tokenizer.read_tokenizer(store)
         eos_ids = ()
-        model = gguf_model.read_model(store, jnp.dtype(dtype), sharding)
+        model = build(gguf_model.open_weights(store), jnp.dtype(dtype), sharding)
     return LanguageModel(
         name=str(spec),
         model=model,

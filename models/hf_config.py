@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from models.rope import LinearScaling, Llama3Scaling, RopeConfig
+from models.rope import FrequencyFactors, LinearScaling, Llama3Scaling, RopeConfig
 
 # Field of `models.config.ModelConfig` -> the key that checkpoints use. Error messages show it.
 HF_KEYS = {
@@ -203,7 +203,22 @@ def _rope(hf: Mapping[str, Any], rope: Mapping[str, Any], key: str, theta: float
             original_max_positions=int(_number(rope, "original_max_position_embeddings")),
         )
         return RopeConfig(theta=theta, scaling=scaling)
-    raise ValueError(f"rope_type {kind!r} in {key} is not supported: default, linear or llama3")
+    if kind == "longrope":
+        return RopeConfig(theta=theta, scaling=_factors(rope))
+    raise ValueError(
+        f"rope_type {kind!r} in {key} is not supported: default, linear, llama3, or longrope with "
+        "one list of factors"
+    )
+
+
+def _factors(rope: Mapping[str, Any]) -> FrequencyFactors:
+    """Of a "longrope" that stretches short and long texts alike, as `models.hf_write` has it."""
+    factors = rope.get("long_factor")
+    if not (isinstance(factors, list) and factors == rope.get("short_factor")):
+        raise ValueError("long_factor and short_factor: must be one and the same list")
+    if _number(rope, "attention_factor") != 1:
+        raise ValueError(f"attention_factor is {rope['attention_factor']!r}: must be 1")
+    return FrequencyFactors(factors=tuple(map(float, factors)))
 
 
 def _logit_arithmetic(hf: Mapping[str, Any], family: _Family) -> dict[str, float | None]:
