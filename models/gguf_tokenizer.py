@@ -71,7 +71,8 @@ def read_tokenizer(store: GGUFStore) -> Tokenizer:
     """
     metadata = store.metadata
     kind, pre = metadata.get(f"{_PREFIX}.model"), metadata.get(f"{_PREFIX}.pre")
-    if kind != "llama" and (kind != "gpt2" or pre not in _PRE_TOKENIZERS):
+    how = _PRE_TOKENIZERS.get(pre) if kind == "gpt2" and isinstance(pre, str) else None
+    if kind != "llama" and how is None:
         raise CheckpointError(
             f"{store.path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported; "
             f"supported are 'llama' with any, and 'gpt2' with {', '.join(_PRE_TOKENIZERS)}"
@@ -83,12 +84,10 @@ def read_tokenizer(store: GGUFStore) -> Tokenizer:
             raise ValueError(f"{len(types)} token types for {len(tokens)} tokens")
         ids = _special_ids(metadata, len(tokens))
         backend: Backend
-        if kind == "llama":
-            add_bos = bool(metadata.get(f"{_PREFIX}.add_bos_token", True))
+        add_bos = bool(metadata.get(f"{_PREFIX}.add_bos_token", how is None or how.add_bos))
+        if how is None:
             backend = _sentencepiece(store, tokens, types, unknown_id=ids.get("unk"))
         else:
-            how = _PRE_TOKENIZERS[pre]
-            add_bos = bool(metadata.get(f"{_PREFIX}.add_bos_token", how.add_bos))
             bos = tokens[ids["bos"]] if add_bos and "bos" in ids else None
             pipeline = _byte_level_bpe(how, tokens, _get(metadata, "merges"), types, bos=bos)
             backend = TokenizersBackend(pipeline)

@@ -11,6 +11,8 @@ import tokenizers
 from models.chat import ChatTemplate
 from models.config import ModelConfig
 from models.errors import CheckpointError
+from models.hf_config import has_text_part
+from models.multimodal import image_tensors, text_source
 from models.names import hf_source
 from models.safetensors_file import SafetensorsStore, read_json
 from models.tokenizer import Tokenizer
@@ -23,11 +25,15 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 def open_weights(folder: Path) -> Parameters:
     """Finds the parameters of the network that `config.json` describes in the safetensors.
 
+    Of a checkpoint of text and images that is the language model, see `models.multimodal`.
+
     Raises:
         CheckpointError: see `ModelConfig.from_hf`, `SafetensorsStore` and `match`.
     """
-    config = read_config(folder)
-    return match(config, SafetensorsStore(folder), hf_source)
+    config, store = read_config(folder), SafetensorsStore(folder)
+    if not has_text_part(read_json(folder / "config.json")):
+        return match(config, store, hf_source)
+    return match(config, store, text_source(store), ignored=image_tensors(store))
 
 
 def read_config(folder: Path) -> ModelConfig:
