@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +21,7 @@ from models.names import Source
 from models.registry import make_network
 
 _SHOWN_PROBLEMS = 8
+_ALIGNMENT = 64  # bytes, of buffers of XLA on CPU
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 """From a parameter's path, e.g. "layers.0.attn.q.w" ([in, out]), and shape to where it goes; None
@@ -184,8 +186,12 @@ def raise_unless_finite(path: Path, finite: Mapping[str, jax.Array]) -> None:
 
 @jax.jit
 def all_finite(x: jax.Array) -> jax.Array:
-    """Whether no element is NaN or infinite."""
-    return jnp.isfinite(x).all()
+    """Whether no element is NaN or infinite.
+
+    0 x is NaN exactly there. A sum is computed as it goes; asking each element first would take
+    an array of answers.
+    """
+    return jnp.isfinite(jnp.sum(0 * x, dtype=jnp.float32))
 
 
 def _place(tensor: np.ndarray, dtype: DTypeLike, target: jax.sharding.Sharding | None) -> jax.Array:
@@ -195,11 +201,25 @@ def _place(tensor: np.ndarray, dtype: DTypeLike, target: jax.sharding.Sharding |
     """
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        return np.array(tensor if index is None else tensor[index], jnp.dtype(dtype), order="C")
+        source = tensor if index is None else tensor[index]
+        copy = _aligned(source.shape, dtype)
+        np.copyto(copy, source, casting="unsafe")
+        return copy
 
     if target is None:
-        return jnp.asarray(part(None))
-    return jax.make_array_from_callback(tensor.shape, target, part)
+        placed = jax.device_put(part(None))
+    else:
+        placed = jax.make_array_from_callback(tensor.shape, target, part)
+    # The copy is alive until it has arrived, and the next tensor must not come before.
+    return placed.block_until_ready()
+
+
+def _aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Memory that JAX takes over on CPU instead of copying it; its content is not defined."""
+    num_bytes = math.prod(shape) * jnp.dtype(dtype).itemsize
+    memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def raise_problems(path: Path, problems: Sequence[str]) -> None:
