@@ -143,6 +143,16 @@ def test_work_does_not_grow_with_the_text():
     assert stream.finish() == ""
 
 
+@pytest.mark.parametrize("make", [byte_fallback, lambda: read_gguf_tokenizer(sentencepiece())])
+def test_many_special_tokens_do_not_make_the_next_one_the_first(make):
+    """Only the first token of a text loses its space, however much was forgotten since."""
+    tokenizer = make()
+    space_a = tokenizer.encode("a a", add_bos=False)[-1]
+    ids = [space_a] * 80 + [1] * 80 + [space_a]
+    stream = tokenizer.stream()
+    assert "".join(stream.push([i]) for i in ids) == tokenizer.decode(ids) == "a" + " a" * 80
+
+
 def test_stream_starts_anew_after_its_end():
     stream = byte_fallback().stream()
     for _ in range(2):
