@@ -105,14 +105,15 @@ class Prompting:
             published ReST-KV scripts do: no template but `[INST] .. [/INST]` for Llama-2 style
             models, put around before truncation and for every set; only the end-of-sequence
             token stops, and never as the first token.
-        max_length: longest prompt in tokens before the chat template.
+        max_length: longest prompt in tokens before the chat template; longer ones lose their
+            middle. None leaves prompts as they are.
         eos_ids: the end-of-sequence token.
         turn_end_ids: tokens that end a chat turn.
         inst_style: the model is of the Llama-2 chat style; used by "released" only.
     """
 
     protocol: ProtocolName
-    max_length: int
+    max_length: int | None
     eos_ids: tuple[int, ...]
     turn_end_ids: tuple[int, ...] = ()
     inst_style: bool = False
@@ -137,13 +138,14 @@ def build_prompt(row: Row, spec: SetSpec, tokenizer: Tokenizer, prompting: Promp
     released = prompting.protocol == "released"
     if released and prompting.inst_style:
         text = f"[INST] {text} [/INST]"
-    text = truncate_middle(text, prompting.max_length, tokenizer.encode, tokenizer.decode)
+    if prompting.max_length is not None:
+        text = truncate_middle(text, prompting.max_length, tokenizer.encode, tokenizer.decode)
     if not released and spec.chat and tokenizer.has_chat_template:
         # The template writes the beginning-of-sequence token itself where the model wants one.
         chat = tokenizer.apply_chat([{"role": "user", "content": text}])
-        ids = tokenizer.encode(chat, add_bos=False)
+        ids = tokenizer.encode(chat + row.answer_prefix, add_bos=False)
     else:
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode(f"{text}\n{row.answer_prefix}" if row.answer_prefix else text)
     if not ids:
         raise UserError(f"set {spec.name}: a row makes an empty prompt")
     if released:
@@ -225,7 +227,7 @@ def score_run(
     store: ResultStore,
     score: Score,
 ) -> dict[str, dict[str, list[float]]]:
-    """Scores a finished run from its files alone.
+    """Scores a finished run from its files.
 
     Args:
         sets: the sets.
@@ -239,8 +241,10 @@ def score_run(
     return {
         policy: {
             task.spec.name: [
-                score(task.spec, row["pred"], row["answers"], row["all_classes"])
-                for row in store.predictions(policy, task.spec.name)
+                score(task.spec, stored["pred"], row.answers, row.all_classes)
+                for row, stored in zip(
+                    task.rows, store.predictions(policy, task.spec.name), strict=True
+                )
             ]
             for task in sets
         }
