@@ -56,7 +56,7 @@ def difference_table(result: Mapping[str, Any], of: Literal["sets", "averages"])
         for entry in (pair[of][name],)
     ]
     columns = ("set", "policies", "n", "difference", "95 % interval")
-    return TextTable("paired differences of scores", columns, tuple(rows))
+    return TextTable(f"paired differences, {of}", columns, tuple(rows))
 
 
 def cost_table(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> TextTable:

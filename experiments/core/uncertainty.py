@@ -18,6 +18,8 @@ Scores = Mapping[str, Mapping[str, Sequence[float]]]
 RESAMPLES = 10_000
 # Two-sided 95 %.
 _QUANTILES = (0.025, 0.975)
+# With fewer rows than this there is no interval: draws of so few tell next to nothing.
+FEWEST_ROWS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ def summarise(scores: Scores, averages: Sequence[Average] = ()) -> dict[str, Any
         "score", "standard_error" and "n": policy -> set -> number; "averages": name -> its sets,
         and policy -> number for score and standard error; "paired": for each two policies, the
         later one minus the earlier one, by set and by average (see `paired_differences`). Scores
-        have two decimals; a standard error or an interval is null where a set has one row.
+        have two decimals; a standard error is null where a set has one row.
     """
     return {
         "score": {
@@ -91,8 +93,8 @@ def paired_differences(scores: Scores, averages: Sequence[Average] = ()) -> list
 
     The interval is the percentile bootstrap's, at 95 %: rows are drawn with replacement, the same
     rows for both policies, within each set for itself; an average is taken anew from each draw.
-    It tells of other rows of the same kind, not of other models; with a handful of rows it is too
-    narrow.
+    It tells of other rows of the same kind, not of other models, and is too narrow where rows are
+    few.
 
     Args:
         scores: the rows' scores.
@@ -100,7 +102,8 @@ def paired_differences(scores: Scores, averages: Sequence[Average] = ()) -> list
 
     Returns:
         For each two policies in their order: "policy" (the later one), "against", and "sets" and
-        "averages": name -> "difference", "low" and "high" (null where a set has one row), "n".
+        "averages": name -> "difference", "low" and "high" (null below `FEWEST_ROWS` rows, and
+        where a set has one row only), "n".
 
     Raises:
         ValueError: if two policies have not answered the same number of rows of a set.
@@ -139,12 +142,14 @@ def _difference(
 ) -> dict[str, Any]:
     """The difference of two policies' means over sets, and where the drawn ones [R] lie."""
     exact = [statistics.fmean(a) - statistics.fmean(b) for a, b in zip(later, earlier, strict=True)]
-    low, high = np.quantile(drawn, _QUANTILES) if min(map(len, later)) > 1 else (None, None)
+    counts = [len(rows) for rows in later]
+    enough = min(counts) > 1 and sum(counts) >= FEWEST_ROWS
+    low, high = np.quantile(drawn, _QUANTILES) if enough else (None, None)
     return {
         "difference": _rounded(statistics.fmean(exact)),
         "low": _rounded(low),
         "high": _rounded(high),
-        "n": sum(map(len, later)),
+        "n": sum(counts),
     }
 
 

@@ -1,6 +1,7 @@
 """The loop: prompts of both protocols, one call per row, interruption and resumption."""
 
 import contextlib
+import dataclasses
 import io
 import json
 
@@ -84,6 +85,21 @@ def test_truncation_comes_before_the_template_and_after_inst():
 def test_a_model_without_bos_gets_none():
     prompt = build_prompt(row(), PLAIN, CharTokenizer(bos=False), OFFICIAL)
     assert BOS not in prompt.ids
+
+
+def test_the_answer_prefix_begins_the_models_turn():
+    began = dataclasses.replace(row(), answer_prefix="It is")
+    tokenizer = CharTokenizer()
+    chat = build_prompt(began, CHAT, tokenizer, OFFICIAL)
+    assert shown(chat.ids) == "<s>user: Q: text 0 in 0<t>bot: It is"
+    plain = build_prompt(began, PLAIN, tokenizer, OFFICIAL)
+    assert shown(plain.ids) == "<s>text 0\nIt is"
+
+
+def test_prompts_made_to_measure_are_not_cut():
+    long = Row(input="", context="x" * 500, answers=("a",), length=1)
+    prompting = dataclasses.replace(OFFICIAL, max_length=None)
+    assert len(build_prompt(long, PLAIN, CharTokenizer(), prompting).ids) == 501
 
 
 def test_an_empty_prompt_is_refused():

@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 
 from experiments.core.uncertainty import (
+    FEWEST_ROWS,
     Average,
     paired_differences,
     standard_error,
@@ -55,13 +56,13 @@ def pairs(scores, *averages):
 
 def test_differences_are_later_minus_earlier_on_the_same_rows():
     # The policies differ by 10 on every row, however much the rows differ among themselves.
-    base = [0.0, 90.0, 20.0, 70.0]
+    base = [0.0, 90.0, 20.0, 70.0, 100.0]
     scores = {"x": {"a": base}, "y": {"a": [v + 10 for v in base]}, "z": {"a": base}}
     found = pairs(scores)
     assert list(found) == [("y", "x"), ("z", "x"), ("z", "y")]
-    constant = {"difference": 10.0, "low": 10.0, "high": 10.0, "n": 4}
+    constant = {"difference": 10.0, "low": 10.0, "high": 10.0, "n": 5}
     assert found["y", "x"]["sets"]["a"] == constant
-    assert found["z", "x"]["sets"]["a"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "n": 4}
+    assert found["z", "x"]["sets"]["a"] == {"difference": 0.0, "low": 0.0, "high": 0.0, "n": 5}
     assert found["z", "y"]["sets"]["a"]["difference"] == -10.0
 
 
@@ -100,9 +101,17 @@ def test_one_row_has_no_interval():
     assert pair["averages"]["m"]["difference"] == 1.0
 
 
+@pytest.mark.parametrize(("rows", "known"), [(FEWEST_ROWS - 1, False), (FEWEST_ROWS, True)])
+def test_few_rows_have_no_interval(rows, known):
+    # Two rows that happen to agree would make an interval without any width.
+    scores = {"x": {"a": [0.0] * rows}, "y": {"a": [100.0] * rows}}
+    entry = pairs(scores)["y", "x"]["sets"]["a"]
+    assert (entry["low"] is not None) == known == (entry["high"] is not None)
+
+
 def test_the_same_scores_give_the_same_intervals_in_any_company():
-    rows = {"a": [0.0, 100.0, 0.0, 30.0], "b": [10.0, 20.0, 30.0]}
-    more = {"a": [50.0, 100.0, 20.0, 30.0], "b": [0.0, 20.0, 60.0]}
+    rows = {"a": [0.0, 100.0, 0.0, 30.0, 9.0], "b": [10.0, 20.0, 30.0, 5.0, 1.0]}
+    more = {"a": [50.0, 100.0, 20.0, 30.0, 0.0], "b": [0.0, 20.0, 60.0, 7.0, 2.0]}
     alone = pairs({"x": rows, "y": more})["y", "x"]
     assert pairs({"x": rows, "y": more})["y", "x"] == alone
     assert pairs({"w": more, "x": rows, "y": more})["y", "x"] == alone
