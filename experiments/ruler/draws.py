@@ -6,6 +6,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 
+from experiments.core.errors import UserError
 from experiments.core.tasks import Row
 
 # Filler without a meaning to remember, for the tasks whose haystack is noise.
@@ -82,9 +83,17 @@ def join_names(names: Sequence[str]) -> str:
 
 
 def distinct(draw: Callable[[], str], count: int, taken: set[str]) -> list[str]:
-    """Draws texts that are neither taken nor alike; they are taken afterwards."""
+    """Draws texts that are neither taken nor alike; they are taken afterwards.
+
+    Raises:
+        UserError: there are hardly enough of them.
+    """
     found: list[str] = []
+    draws = 0
     while len(found) < count:
+        draws += 1
+        if draws > 20 * (count + 50):
+            raise UserError(f"the word lists are too short for {count} different keys")
         text = draw()
         if text not in taken:
             taken.add(text)

@@ -76,6 +76,9 @@ _QUESTIONS = {
     ),
 }
 
+# The worked example and the list of `cwe` are drawn from them.
+_FEWEST_WORDS = 100
+
 # After a full stop and a space; or without one, as some of the essays' paragraphs are joined.
 _SENTENCE_END = re.compile(
     r"(?<=[.?!])\s(?=[A-Z(\"])|(?<=[.?!][)\"'])\s(?=[A-Z(\"])|(?<=[a-z][.?!])(?=[A-Z])"
@@ -139,7 +142,13 @@ class Sources:
                 _WORDS_WHEEL, [f"wonderwords/assets/{kind}list.txt"], name, sha256
             )
             lists[kind] = _words(path)
-        return WordLists(lists["noun"], lists["adjective"], lists["verb"])
+        words = WordLists(lists["noun"], lists["adjective"], lists["verb"])
+        if min(len(words.nouns), len(words.adjectives)) == 0 or len(words.all) < _FEWEST_WORDS:
+            raise UserError(
+                f"the word lists hold {len(words.nouns)} nouns, {len(words.adjectives)} adjectives "
+                f"and {len(words.verbs)} verbs; expected {_FEWEST_WORDS} words of all kinds"
+            )
+        return words
 
     @functools.cached_property
     def spare_words(self) -> tuple[str, ...]:

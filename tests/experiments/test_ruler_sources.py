@@ -110,14 +110,17 @@ def test_texts_of_wheels(tmp_path, monkeypatch):
         asked[packaged.file] = packaged
         path = tmp_path / packaged.file
         kind = packaged.file.split("_")[-1].removesuffix("list.txt")
-        path.write_text("One. Two." if "essays" in path.name else f"{kind}\nad hoc\n{kind}\nb \n")
+        many = "".join(f"{kind}{i}\n" for i in range(40))
+        path.write_text("One. Two." if "essays" in path.name else f"{many}ad hoc\n{many}b \n")
         return path
 
     monkeypatch.setattr(wheels, "fetch_packaged", fetch)
     sources = Sources("offline")
     assert sources.essays == ("One.", "Two.")
-    assert sources.words.nouns == ("noun", "b")
-    assert sources.words.all == ("adjective", "b", "noun", "verb")
+    # Without repetitions, white space around words, and words with spaces in them.
+    assert sources.words.nouns == (*[f"noun{i}" for i in range(40)], "b")
+    assert len(sources.words.all) == 3 * 40 + 1
+    assert list(sources.words.all) == sorted(sources.words.all)
     assert sources.spare_words == ()
     essays = asked["ruler_essays.txt"]
     assert len(essays.parts) == 49
@@ -153,6 +156,22 @@ def test_empty_essays(tmp_path):
     (tmp_path / "essays" / "a.txt").write_text(" \n")
     with pytest.raises(UserError, match="essays hold no text"):
         _ = Sources(str(tmp_path)).essays
+
+
+def test_word_lists_that_are_too_short(tmp_path, no_wheels):
+    def write(nouns, adjectives):
+        for kind, count in (("noun", nouns), ("adjective", adjectives), ("verb", 90)):
+            text = "".join(f"{kind}{i}\n" for i in range(count))
+            (tmp_path / f"wonderwords_{kind}list.txt").write_text(text)
+        return Sources(str(tmp_path))
+
+    for nouns, adjectives in ((0, 90), (90, 0), (5, 4)):
+        with pytest.raises(UserError, match=f"{nouns} nouns, {adjectives} adjectives and 90 verbs"):
+            build(write(nouns, adjectives), "niah_single_1")
+    # Enough for one key, not for a haystack of them.
+    assert len(build(write(20, 5), "niah_single_1")[0]) == 1
+    with pytest.raises(UserError, match="too short for 97 different keys"):
+        build(write(20, 4), "niah_multikey_2")
 
 
 def test_squad_rows():
