@@ -69,8 +69,9 @@ def fetch_hub_file(data_set: str, file: str, *, instead: str) -> Path:
         UserError: if it cannot be downloaded.
     """
     import huggingface_hub
+    from huggingface_hub.utils import logging
 
-    huggingface_hub.utils.logging.set_verbosity_error()  # its retries; the cause follows below
+    logging.set_verbosity_error()  # its retries; the cause follows below
     try:
         return Path(huggingface_hub.hf_hub_download(data_set, file, repo_type="dataset"))
     # The client lets exceptions of several HTTP libraries through; the user's cure is one.
