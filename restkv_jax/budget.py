@@ -1,12 +1,11 @@
-"""Budgets: how many slots a head may keep, as a count or a share, by layer and by head."""
+"""Budgets: how many slots a head may keep, as a count or a share, by layer."""
 
 from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 Budget = int | float
 
@@ -82,30 +81,3 @@ def pyramid_slots(slots: int, columns: int, *, window: int, layer: int, num_laye
     if columns < 2 * past:
         return slots
     return window + pyramid_past(past, columns - window, layer=layer, num_layers=num_layers)
-
-
-def adakv_slots(
-    scores: Float[Array, "B J P"], past: int, *, floor: float = 0.2, normalize: bool = True
-) -> Int[Array, "B J"]:
-    """Past tokens that AdaKV gives to each head of a layer (Feng et al., arXiv 2407.11550).
-
-    The J · past largest scores of all heads are counted by head, c; a head then gets
-    round(c · (1 - floor) + ⌊past · floor⌋), halves to even. The sum may miss J · past by a few.
-
-    Args:
-        scores: pooled scores of the past, -inf where there is no token.
-        past: tokens kept by a head on average, the window not counted.
-        floor: share of `past` that every head gets.
-        normalize: scale each head's scores by the share of their sum that its `past` largest hold.
-    """
-    heads, columns = scores.shape[1:]
-    past = min(past, columns)
-    if normalize:
-        finite = jnp.where(scores > -jnp.inf, scores, 0.0)
-        held = jnp.sum(jax.lax.top_k(finite, past)[0], axis=-1)
-        total = jnp.maximum(jnp.sum(finite, axis=-1), jnp.finfo(scores.dtype).tiny)
-        scores = jnp.where(scores > -jnp.inf, scores * (held / total)[..., None], -jnp.inf)
-    best, chosen = jax.lax.top_k(scores.reshape(scores.shape[0], -1), heads * past)
-    head = jnp.where(best > -jnp.inf, chosen // columns, heads)
-    counts = jnp.sum(head[:, None] == jnp.arange(heads)[:, None], axis=-1)
-    return jnp.round(counts * (1.0 - floor) + int(past * floor)).astype(jnp.int32)

@@ -3,96 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Int
 
-from restkv_jax.compression import CompressedLayer
-from restkv_jax.plan import CachePlan
+from pallas_kernels.quantized import quantize
+from restkv_jax.plan import CachePlan, DecodeEviction
 from restkv_jax.protocols import LayerSpec
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class LayerStack:
-    """K/V of all layers that have the same shape, stacked.
-
-    One array for many layers is what XLA updates in place inside a loop; a list of per-layer
-    arrays is copied at every step on CPU.
-
-    Attributes:
-        k: [L, B, J, S, H] keys, stored after rotary embedding; J heads, K or N of them.
-        v: [L, B, J, S, H] values.
-        positions: int32 [L, B, J, S] true position of each entry, -1 for an empty slot.
-        used: int32 [B] the slot that the next token of each row is written to, modulo S in a
-            ring.
-        ring: static; the layers have a sliding window, and what leaves it is written over.
-    """
-
-    k: Float[Array, "L B J S H"]
-    v: Float[Array, "L B J S H"]
-    positions: Int[Array, "L B J S"]
-    used: Int[Array, " B"]
-    ring: bool = dataclasses.field(default=False, metadata={"static": True})
-
-    @property
-    def slots(self) -> int:
-        """S, slots of each head."""
-        return self.k.shape[3]
-
-    def visible(
-        self, row: int | Array, query: Int[Array, " B"], spec: LayerSpec
-    ) -> Bool[Array, "B J S"]:
-        """True for the slots of one layer that a query at position `query` may look at."""
-        positions = self.positions[row]
-        seen = positions >= 0
-        if spec.window is not None:
-            seen &= query[:, None, None] - positions < spec.window
-        return seen
-
-    def fill(self, row: int | Array, layer: CompressedLayer) -> LayerStack:
-        """Puts what a layer keeps of its prompt into the first slots of its row."""
-
-        def put(whole: Array, part: Array) -> Array:
-            start = (row, *(0,) * part.ndim)
-            return jax.lax.dynamic_update_slice(whole, part[None].astype(whole.dtype), start)
-
-        return dataclasses.replace(
-            self,
-            k=put(self.k, layer.k),
-            v=put(self.v, layer.v),
-            positions=put(self.positions, layer.positions),
-        )
-
-    def append(
-        self,
-        row: int | Array,
-        k: Float[Array, "B J H"],
-        v: Float[Array, "B J H"],
-        position: Int[Array, " B"],
-        active: Bool[Array, " B"],
-    ) -> LayerStack:
-        """Writes one token of one layer at the cursor, which does not move yet (see `advance`).
-
-        Inactive rows keep what they hold.
-        """
-        batch = jnp.arange(self.used.shape[0])
-        slot = self.used % self.slots if self.ring else self.used
-        slot = jnp.where(active, slot, self.slots)  # out of bounds: dropped
-
-        def put(whole: Array, part: Array) -> Array:
-            part = part.astype(whole.dtype)
-            return whole.at[row, batch, :, slot].set(part, mode="drop", unique_indices=True)
-
-        marked = jnp.broadcast_to(position[:, None], (batch.size, self.k.shape[2]))
-        return dataclasses.replace(
-            self, k=put(self.k, k), v=put(self.v, v), positions=put(self.positions, marked)
-        )
-
-    def advance(self, active: Bool[Array, " B"]) -> LayerStack:
-        """Moves the cursor of active rows past the token that all layers have appended."""
-        return dataclasses.replace(self, used=self.used + active)
+from restkv_jax.slots import LayerStack
 
 
 @jax.tree_util.register_dataclass
@@ -101,25 +21,42 @@ class KVCache:
     """The cache of a whole model.
 
     Attributes:
-        stacks: layers grouped by shape.
+        stacks: layers grouped by kind.
         next_position: int32 [B] true position of the next token; it counts the whole prompt,
             whatever was evicted.
         rows: static; for each layer its stack and its row in the stack.
+        eviction: static; what happens when the cache is full, None if it must not get full.
     """
 
     stacks: tuple[LayerStack, ...]
     next_position: Int[Array, " B"]
     rows: tuple[tuple[int, int], ...] = dataclasses.field(metadata={"static": True})
+    eviction: DecodeEviction | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values, empty slots included."""
-        return sum(_bytes(stack.k) + _bytes(stack.v) for stack in self.stacks)
+        """Bytes of keys and values with their scales, empty slots included."""
+        return sum(_bytes(leaf) for s in self.stacks for leaf in jax.tree.leaves((s.k, s.v)))
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of everything: keys, values, positions and cursors."""
+        """Bytes of everything: keys, values, positions, cursors, remembered queries."""
         return sum(_bytes(leaf) for leaf in jax.tree.leaves(self))
+
+    @property
+    def room(self) -> int | None:
+        """Most tokens that a row can take at once, static; None if all layers are rings.
+
+        Without eviction it is the room of a cache that is still empty.
+        """
+        kept = 0 if self.eviction is None else self.eviction.budget
+        room = [
+            size // (stack.heads if stack.owners is not None else 1) - kept
+            for stack in self.stacks
+            if not stack.ring
+            for size in stack.sizes
+        ]
+        return min(room, default=None)
 
     def place(self, layer: int | Array) -> tuple[int, int | Array]:
         """A layer's stack and its row there. A traced index needs all layers in one stack.
@@ -131,7 +68,7 @@ class KVCache:
             return self.rows[layer]
         if len(self.stacks) > 1:
             raise ValueError(
-                "layer: a traced index needs layers of one shape; unroll the loop over layers"
+                "layer: a traced index needs layers of one kind; unroll the loop over layers"
             )
         return 0, layer
 
@@ -140,10 +77,28 @@ class KVCache:
         stacks = (*self.stacks[:index], stack, *self.stacks[index + 1 :])
         return dataclasses.replace(self, stacks=stacks)
 
-    def kept_positions(self, layer: int) -> Int[Array, "B J S"]:
-        """Positions held by a layer's heads, -1 for empty slots."""
+    def slots(self, layer: int) -> int:
+        """Slots of a layer; of all its heads together if they have budgets of their own."""
         stack, row = self.rows[layer]
-        return self.stacks[stack].positions[row]
+        return self.stacks[stack].sizes[row]
+
+    def kept_positions(self, layer: int) -> Int[Array, "B J S"]:
+        """Positions held by a layer's heads, -1 for empty slots; J = 1 for a shared list."""
+        stack, row = self.rows[layer]
+        return self.stacks[stack].layer(row).positions
+
+    def owners(self, layer: int) -> Int[Array, "B 1 S"] | None:
+        """The head that each entry of a layer belongs to, None if every head has its own slots."""
+        stack, row = self.rows[layer]
+        return self.stacks[stack].layer(row).owners
+
+
+class _Kind(NamedTuple):
+    ring: bool
+    heads: int
+    shared: bool
+    head_dim: int
+    num_heads: int
 
 
 def init_cache(
@@ -153,6 +108,8 @@ def init_cache(
     batch: int,
     prompt_columns: int,
     dtype: DTypeLike,
+    query_rows: int | None = None,
+    accumulates: bool | None = None,
 ) -> KVCache:
     """An empty cache. Only `full` and ratio budgets make its size depend on the prompt.
 
@@ -161,17 +118,34 @@ def init_cache(
 
     Args:
         specs: the model's layers.
-        plan: policy, budget and headroom.
+        plan: policy, budgets and headroom.
         batch: B.
         prompt_columns: columns that the prompt is padded to.
         dtype: of keys and values.
+        query_rows: last queries to remember in layers without a sliding window; by default what
+            the plan's eviction while decoding needs.
+        accumulates: whether to add up the attention that entries receive; by default likewise.
     """
-    kinds = []
+    if query_rows is None:
+        query_rows = plan.remembered
+    if accumulates is None:
+        accumulates = plan.eviction is not None and plan.policy.accumulates
+    carries = accumulates or (plan.eviction is not None and plan.policy.carries)
+    kinds, sizes = [], []
     for layer, spec in enumerate(specs):
         own = plan.for_layer(spec, prompt_columns)
         heads = own.policy.cache_heads(spec.num_heads, spec.num_kv_heads)
-        slots = own.prompt_slots(prompt_columns, layer, len(specs)) + own.headroom
-        kinds.append((spec.window is not None, heads, slots, spec.head_dim))
+        kinds.append(
+            _Kind(
+                ring=spec.window is not None,
+                heads=heads,
+                shared=own.heads is not None,
+                head_dim=spec.head_dim,
+                num_heads=spec.num_heads,
+            )
+        )
+        where = (prompt_columns, layer, len(specs))
+        sizes.append(own.slots(*where) if own.heads is None else own.flat_slots(heads, *where))
     distinct = list(dict.fromkeys(kinds))
     rows, seen = [], dict.fromkeys(distinct, 0)
     for kind in kinds:
@@ -179,19 +153,36 @@ def init_cache(
         seen[kind] += 1
     stacks = []
     for kind in distinct:
-        ring, *shape = kind
-        whole = (seen[kind], batch, *shape)
+        own_sizes = tuple(size for size, k in zip(sizes, kinds, strict=True) if k == kind)
+        lists, total = 1 if kind.shared else kind.heads, sum(own_sizes)
+        shape = (batch, lists, total, kind.head_dim)
+        k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        remember = query_rows and not kind.ring
+        queries = (len(own_sizes), batch, kind.num_heads, query_rows + 1, kind.head_dim)
         stacks.append(
             LayerStack(
-                k=jnp.zeros(whole, dtype),
-                v=jnp.zeros(whole, dtype),
-                positions=jnp.full(whole[:-1], -1, jnp.int32),
-                used=jnp.zeros(batch, jnp.int32),
-                ring=ring,
+                k=quantize(k) if plan.storage == "int8" else k,
+                v=quantize(v) if plan.storage == "int8" else v,
+                positions=jnp.full((batch, lists, total), -1, jnp.int32),
+                used=jnp.zeros((len(own_sizes), batch), jnp.int32),
+                sizes=own_sizes,
+                heads=kind.heads,
+                ring=kind.ring,
+                owners=jnp.full((batch, 1, total), -1, jnp.int32) if kind.shared else None,
+                queries=jnp.zeros(queries, dtype) if remember else None,
+                carried=(
+                    jnp.full((batch, kind.num_heads, total), -1.0)
+                    if carries and not kind.ring
+                    else None
+                ),
+                accumulates=accumulates and not kind.ring,
             )
         )
     return KVCache(
-        stacks=tuple(stacks), next_position=jnp.zeros(batch, jnp.int32), rows=tuple(rows)
+        stacks=tuple(stacks),
+        next_position=jnp.zeros(batch, jnp.int32),
+        rows=tuple(rows),
+        eviction=plan.eviction,
     )
 
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.masked_eviction import compact
+from pallas_kernels.masked_eviction import compact, select_flat
+from restkv_jax.allocation import HeadAllocation
 from restkv_jax.layer import LayerInputs
 from restkv_jax.policies import Policy
 
@@ -18,15 +19,21 @@ from restkv_jax.policies import Policy
 class CompressedLayer:
     """The K/V that one layer keeps; J heads, K or N of them by the policy's granularity.
 
+    With budgets by head it is one list of all heads' entries: J is 1, and C their sum.
+
     Attributes:
         k: [B, J, C, H] keys in order of position.
         v: [B, J, C, H] values.
         positions: [B, J, C] each entry's position in its row, -1 for an empty slot.
+        owners: [B, 1, C] the head that each entry belongs to, of budgets by head; else None.
+        carried: [B, N, C] what the policy hands on to the next eviction, or None.
     """
 
     k: Float[Array, "B J C H"]
     v: Float[Array, "B J C H"]
     positions: Int[Array, "B J C"]
+    owners: Int[Array, "B 1 C"] | None = None
+    carried: Float[Array, "B N C"] | None = None
 
 
 def score(
@@ -58,14 +65,81 @@ def select(
 
 
 def compress(
-    policy: Policy, layer: LayerInputs, *, capacity: int, budget: Int[Array, " B"] | None = None
+    policy: Policy,
+    layer: LayerInputs,
+    *,
+    capacity: int,
+    budget: Int[Array, " B"] | None = None,
+    heads: HeadAllocation | None = None,
+    budgets_of: int = 0,
 ) -> CompressedLayer:
-    """Keeps what `select` chooses. Arguments as in `score`; empty slots hold zeros."""
+    """Keeps what `select` chooses, or what the heads' own budgets leave them.
+
+    Args:
+        policy: the eviction policy.
+        layer: one layer's attention.
+        capacity: C, static number of slots of a head, on average with budgets by head.
+        budget: slots a head that each row may fill, C by default.
+        heads: how the slots are spread over the heads; evenly if None.
+        budgets_of: static index of the layer whose budgets hold, for `heads`.
+
+    Returns:
+        The kept entries; empty slots hold zeros.
+    """
+    if heads is not None:
+        return _compress_flat(policy, layer, capacity, budget, heads, budgets_of)
     columns = select(policy, layer, capacity=capacity, budget=budget)
     filled = columns >= 0
-    first = (layer.columns - layer.lengths)[:, None, None]
+    carried = policy.carry(layer)
     return CompressedLayer(
         k=jnp.where(filled[..., None], compact(layer.k, columns), 0),
         v=jnp.where(filled[..., None], compact(layer.v, columns), 0),
-        positions=jnp.where(filled, columns - first, -1),
+        positions=jnp.where(filled, _taken(layer, columns), -1),
+        carried=None if carried is None else compact_carried(carried, columns),
+    )
+
+
+def compact_carried(
+    carried: Float[Array, "B N T"], columns: Int[Array, "B J C"]
+) -> Float[Array, "B N C"]:
+    """Gathers what each query head hands on of the columns that its set keeps; -1 if empty."""
+    columns = jnp.repeat(columns, carried.shape[1] // columns.shape[1], axis=1)
+    return jnp.where(columns >= 0, compact(carried, columns), -1.0)
+
+
+def _taken(layer: LayerInputs, columns: Int[Array, "B J C"]) -> Int[Array, "B J C"]:
+    positions = layer.positions
+    shape = (*positions.shape[:1], layer.spec.num_kv_heads, layer.columns)
+    return compact(jnp.broadcast_to(positions, shape), columns)
+
+
+def _compress_flat(
+    policy: Policy,
+    layer: LayerInputs,
+    slots: int,
+    budget: Int[Array, " B"] | None,
+    heads: HeadAllocation,
+    budgets_of: int,
+) -> CompressedLayer:
+    kept = min(slots, layer.columns)
+    budget = jnp.full_like(layer.lengths, kept) if budget is None else jnp.minimum(budget, kept)
+    importance = policy.importance(layer, kept, budget)
+    batch, sets, columns = importance.shape
+    counts = heads.counts(importance, budget, kept, budgets_of)
+    capacity = heads.capacity(slots, sets, budgets_of)
+    owners, chosen = select_flat(importance, counts, capacity=capacity)
+    filled = owners >= 0
+
+    def taken(x: Array) -> Array:
+        # Sets by query head read the key/value head of their group.
+        source = owners // (sets // x.shape[1]) * columns + chosen
+        flat = x.reshape(batch, 1, -1, *x.shape[3:])
+        return compact(flat, jnp.where(filled, source, -1))
+
+    shape = (batch, layer.spec.num_kv_heads, columns)
+    return CompressedLayer(
+        k=jnp.where(filled[..., None], taken(layer.k), 0),
+        v=jnp.where(filled[..., None], taken(layer.v), 0),
+        positions=jnp.where(filled, taken(jnp.broadcast_to(layer.positions, shape)), -1),
+        owners=owners,
     )

@@ -7,15 +7,19 @@ With a model that follows the `CausalLM` protocol::
     state = init_decode(logits, cache, row_keys(seed, batch), limit, stop_tokens)
     state, tokens, logprobs = decode_chunk(model, state, stop_tokens, steps=32)
 
-or `generate` for all of it. None of them but `generate` ever talks to the host.
+or `generate` for all of it. `extend` feeds given tokens, such as a question about a compressed
+context, and `score_tokens` scores them; `prefill_chunked` and `prefill_bounded` take the prompt in
+pieces. None of them but `generate` ever talks to the host.
 `with_output_factors(model)` spares every prefill the factorisation of the output projections, for
 weights that stay as they are. With the arrays of any model's attention: `layer_inputs`, then
 `score`, `select` or `compress`.
 """
 
-from restkv_jax.cache import KVCache, LayerStack, init_cache
+from restkv_jax.allocation import AdaKV, FrozenHeads, HeadAllocation, SharedBudget
+from restkv_jax.cache import KVCache, init_cache
 from restkv_jax.compression import CompressedLayer, compress, score, select
 from restkv_jax.decode_loop import DecodeState, decode_chunk, decode_step, init_decode
+from restkv_jax.extend import extend, last_logits, score_tokens
 from restkv_jax.factors import FactoredLM, with_output_factors
 from restkv_jax.generate import (
     Generation,
@@ -25,7 +29,8 @@ from restkv_jax.generate import (
     pad_prompts,
 )
 from restkv_jax.layer import LayerInputs, layer_inputs
-from restkv_jax.plan import CachePlan
+from restkv_jax.pieces import prefill_bounded, prefill_chunked
+from restkv_jax.plan import CachePlan, DecodeEviction
 from restkv_jax.policies import (
     CAOTE,
     H2O,
@@ -49,6 +54,7 @@ from restkv_jax.policies import (
 from restkv_jax.prefill import align_right, prefill
 from restkv_jax.protocols import Attend, CausalLM, LayerSpec
 from restkv_jax.sampling import GREEDY, Sampling, row_keys, sample
+from restkv_jax.slots import LayerStack
 
 __all__ = [
     "CAOTE",
@@ -58,17 +64,21 @@ __all__ = [
     "PRESETS",
     "TOVA",
     "Ablation",
+    "AdaKV",
     "Attend",
     "CachePlan",
     "CausalLM",
     "CompressedLayer",
     "CriticalKV",
+    "DecodeEviction",
     "DecodeState",
     "DropKV",
     "ExpectedAttention",
     "FactoredLM",
+    "FrozenHeads",
     "Full",
     "Generation",
+    "HeadAllocation",
     "KVCache",
     "KeyDiff",
     "Knorm",
@@ -80,6 +90,7 @@ __all__ = [
     "Random",
     "RestKV",
     "Sampling",
+    "SharedBudget",
     "SnapKV",
     "Streaming",
     "align_right",
@@ -88,15 +99,20 @@ __all__ = [
     "continue_from",
     "decode_chunk",
     "decode_step",
+    "extend",
     "generate",
     "init_cache",
     "init_decode",
+    "last_logits",
     "layer_inputs",
     "pad_prompts",
     "prefill",
+    "prefill_bounded",
+    "prefill_chunked",
     "row_keys",
     "sample",
     "score",
+    "score_tokens",
     "select",
     "with_output_factors",
 ]

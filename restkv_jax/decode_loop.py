@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from pallas_kernels.decode_attention import decode_attention
 from restkv_jax.cache import KVCache
-from restkv_jax.protocols import CausalLM, Projection
+from restkv_jax.feed import feed
+from restkv_jax.protocols import CausalLM
 from restkv_jax.sampling import GREEDY, Sampling, sample
 
 
@@ -45,51 +45,17 @@ def decode_step(
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Feeds one token per row.
 
-    Each layer writes its new key and value first and attends to the slots afterwards. In this
-    order every read of the cache hangs on the last write, and XLA updates a cache that is donated
-    or carried through a scan in place.
-
     Args:
         model: see `CausalLM`.
-        cache: at least one empty slot in each active row, in the layers that are no rings.
+        cache: at least one empty slot in each active row, in the layers that are no rings, unless
+            the cache evicts while decoding.
         token: the tokens to feed.
         active: False for rows that must stay as they are; their logits mean nothing.
 
     Returns:
         float32 logits of the token that follows, and the cache with `token` in it.
     """
-    specs = model.layer_specs
-    position = cache.next_position
-
-    def attend(
-        layer: int | Array,
-        q: Float[Array, "B T N H"],
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
-        w_o: Float[Array, "N H D"] | Projection,
-        cache: KVCache,
-    ) -> tuple[Float[Array, "B T N H"], KVCache]:
-        del w_o
-        spec = specs[layer] if isinstance(layer, int) else specs[0]
-        index, row = cache.place(layer)
-        stack = cache.stacks[index]
-        # Sets by query head store a copy of the key/value head for each of its query heads.
-        copies = stack.k.shape[2] // spec.num_kv_heads
-        k, v = (jnp.repeat(x[:, 0], copies, axis=1) for x in (k, v))
-        stack = stack.append(row, k, v, position, active)
-        out = decode_attention(
-            q[:, 0],
-            stack.k[row],
-            stack.v[row],
-            stack.visible(row, position, spec),
-            scale=spec.scale,
-            softcap=spec.softcap,
-        )
-        return out[:, None], cache.with_stack(index, stack)
-
-    hidden, cache = model(token[:, None], position[:, None], attend, cache)
-    stacks = tuple(stack.advance(active) for stack in cache.stacks)
-    cache = dataclasses.replace(cache, stacks=stacks, next_position=position + active)
+    hidden, cache = feed(model, cache, token[:, None], active[:, None])
     return model.unembed(hidden[:, 0]).astype(jnp.float32), cache
 
 

@@ -95,7 +95,8 @@ def generate(
     Args:
         model: see `CausalLM`.
         prompts: token ids, rows of any lengths.
-        plan: policy and budget; its headroom must hold `max_new_tokens`.
+        plan: policy and budget; its headroom must hold `max_new_tokens`, unless it evicts while
+            decoding.
         max_new_tokens: most tokens to draw in each row.
         sampling: how tokens are drawn.
         seed: row b draws with seed + b, so that it equals the row run alone with that seed.
@@ -139,7 +140,7 @@ def continue_from(
         model: see `CausalLM`.
         logits: [B, V] of the prompts' last tokens.
         cache: consumed.
-        headroom: empty slots of the cache.
+        headroom: empty slots of the cache; a cache that evicts while decoding needs none.
         max_new_tokens: most tokens to draw in each row.
         sampling: how tokens are drawn.
         seed: row b draws with seed + b.
@@ -151,7 +152,7 @@ def continue_from(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    if max_new_tokens > headroom:
+    if cache.eviction is None and max_new_tokens > headroom:
         raise ValueError(
             f"max_new_tokens: {max_new_tokens} tokens do not fit the cache's headroom of {headroom}"
         )

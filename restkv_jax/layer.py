@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +13,31 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.window_scores import output_factor, window_attention
 from restkv_jax.protocols import LayerSpec
 
+Result = TypeVar("Result")
+
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerInputs:
     """What a policy may look at: one layer, rows aligned to the right.
 
+    The columns are a prompt, or what a cache holds of one: then every head has positions of its
+    own, ascending from the left, behind the columns that are empty.
+
     Attributes:
-        q: [B, N, Q, H] the last Q queries; query row i of Q sits at key column T - Q + i.
+        q: [B, N, Q, H] the last Q queries.
         k: [B, K, T, H] keys.
         v: [B, K, T, H] values.
         factor: [N, H, R] with factor · factorᵀ = W_O W_Oᵀ for each head.
-        lengths: [B] tokens in each row: the last `lengths` columns are valid.
+        lengths: [B] tokens of each row so far, evicted ones counted.
         spec: static shape and arithmetic of the layer.
         w_o: [N, H, D] the output projection itself, for norms other than the Euclidean.
         index: which layer this is; not static, so that layers that are alike compile once.
         num_layers: static, layers of the model.
+        cached_positions: [B, K, T] position of each entry of a cache, -1 for an empty slot. None
+            for a prompt, whose last `lengths` columns are its tokens.
+        carried: [B, N, T] what the policy handed on at the last eviction, negative for entries
+            that came later. None if this is the first.
     """
 
     q: Float[Array, "B N Q H"]
@@ -38,6 +49,22 @@ class LayerInputs:
     w_o: Float[Array, "N H D"] | None = None
     index: int | Int[Array, ""] = 0
     num_layers: int = dataclasses.field(default=1, metadata={"static": True})
+    cached_positions: Int[Array, "B K T"] | None = None
+    carried: Float[Array, "B N T"] | None = None
+
+    def __post_init__(self) -> None:
+        """Starts the memory of `once`, which is no part of the value."""
+        object.__setattr__(self, "_made", {})
+
+    def once(self, key: Hashable, make: Callable[[], Result]) -> Result:
+        """What `make` returns, made once however many policies and budgets ask for it.
+
+        XLA merges equal operations, but not equal loops.
+        """
+        made: dict[Hashable, Result] = self._made  # type: ignore[attr-defined]
+        if key not in made:
+            made[key] = make()
+        return made[key]
 
     @property
     def columns(self) -> int:
@@ -45,14 +72,32 @@ class LayerInputs:
         return self.k.shape[2]
 
     @property
-    def valid(self) -> Bool[Array, "B T"]:
-        """True for columns that hold a token."""
+    def valid(self) -> Bool[Array, "B M T"]:
+        """True for columns that hold a token; M is K or 1, for all heads."""
         return self.positions >= 0
 
     @property
-    def positions(self) -> Int[Array, "B T"]:
-        """Each column's position in its row, negative for padding."""
-        return jnp.arange(self.columns) - (self.columns - self.lengths[:, None])
+    def filled(self) -> Int[Array, "B M"]:
+        """Columns that hold a token."""
+        if self.cached_positions is None:
+            return self.lengths[:, None]
+        return jnp.sum(self.valid, axis=-1, dtype=jnp.int32)
+
+    @property
+    def positions(self) -> Int[Array, "B M T"]:
+        """Each column's position in its row, negative for padding; M is K or 1."""
+        if self.cached_positions is not None:
+            return self.cached_positions
+        first = self.columns - self.lengths[:, None, None]
+        return jnp.arange(self.columns) - first
+
+    def query_positions(self, rows: int) -> Int[Array, "B R"]:
+        """Positions of the last `rows` queries, negative before the row's start."""
+        return self.lengths[:, None] - rows + jnp.arange(rows)
+
+    def by_query_head(self, x: Array) -> Array:
+        """Repeats an array [B, M, ...] for the query heads of each group; M = 1 stays as it is."""
+        return x if x.shape[1] == 1 else jnp.repeat(x, self.spec.group_size, axis=1)
 
     def distance_factor(self, *, project: bool) -> Float[Array, "N H R"]:
         """What differences of values are multiplied by before their norm: W_O's factor, or I."""
@@ -63,15 +108,18 @@ class LayerInputs:
 
     def window_weights(self, window: int) -> Float[Array, "B N W T"]:
         """Softmax attention of the last `window` queries, causal, padding left out."""
-        query = self.columns - window + jnp.arange(window)[:, None]
-        distance = query - jnp.arange(self.columns)
-        seen = distance >= 0
+        return self.once(("window_weights", window), lambda: self._window_weights(window))
+
+    def _window_weights(self, window: int) -> Float[Array, "B N W T"]:
+        positions = self.positions[:, :, None]
+        distance = self.query_positions(window)[:, None, :, None] - positions
+        seen = (distance >= 0) & (positions >= 0)
         if self.spec.window is not None:
             seen &= distance < self.spec.window
         return window_attention(
             self.q[:, :, -window:],
             self.k,
-            seen & self.valid[:, None],
+            seen,
             scale=self.spec.scale,
             softcap=self.spec.softcap,
         )

@@ -9,12 +9,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from restkv_jax import budget as budgets
+from restkv_jax.allocation import FrozenHeads, HeadAllocation
 from restkv_jax.budget import Budget
 from restkv_jax.policies import Policy, Streaming
+from restkv_jax.policies.base import ALL_QUERIES
 from restkv_jax.protocols import LayerSpec
 
 # The last tokens and nothing else: all that a layer with a sliding window can see.
 _LAST = Streaming(sinks=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeEviction:
+    """What happens when a cache is full: each layer is brought down to the budget.
+
+    Attributes:
+        policy: decides what stays, by the last queries.
+        budget: slots a head that stay.
+    """
+
+    policy: Policy
+    budget: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,13 +49,25 @@ class CachePlan:
             many slots at the bottom, few at the top, about the same number on average: its slope
             is rounded down, which can add half a slot a layer for each layer). The pyramid is
             that of the padded prompt; a row that is shorter keeps at most its layer's slots.
-        headroom: slots for tokens that follow the prompt.
+        heads: how a layer's slots are spread over its heads, see `HeadAllocation`; None gives
+            every head the same number.
+        headroom: slots for tokens that follow the prompt; without effect if `decode_budget` is
+            given.
+        decode_budget: evict while decoding, however long it runs: whenever `evict_every` tokens
+            have filled the slots behind it, each head goes down to this budget again.
+        evict_every: slots for new tokens between two evictions.
+        storage: "model" keeps K/V in the model's dtype, "int8" as 8-bit integers with a float32
+            scale for each head's entry.
     """
 
     policy: Policy
     budget: Budget | tuple[Budget, ...] | None = None
     layers: Literal["uniform", "pyramid"] = "uniform"
+    heads: HeadAllocation | None = None
     headroom: int = 128
+    decode_budget: int | None = None
+    evict_every: int = 64
+    storage: Literal["model", "int8"] = "model"
 
     def __post_init__(self) -> None:
         """Refuses a budget that the policy cannot meet.
@@ -52,6 +79,13 @@ class CachePlan:
             raise ValueError(f"layers: expected uniform or pyramid, got {self.layers!r}")
         if self.headroom < 0:
             raise ValueError(f"headroom: expected at least 0 slots, got {self.headroom}")
+        if self.storage not in ("model", "int8"):
+            raise ValueError(f"storage: expected model or int8, got {self.storage!r}")
+        self._check_decoding()
+        if isinstance(self.heads, FrozenHeads) and (
+            isinstance(self.budget, tuple | float) or self.layers != "uniform"
+        ):
+            raise ValueError("heads: frozen budgets are by layer already; give one whole budget")
         if not self.policy.needs_budget:
             if self.budget is not None:
                 raise ValueError(f"budget: policy {self.policy.name!r} keeps everything")
@@ -66,6 +100,37 @@ class CachePlan:
             for one in self.budget if isinstance(self.budget, tuple) else (self.budget,):
                 budgets.check_budget(one, window=self.policy.protected)
 
+    def _check_decoding(self) -> None:
+        if self.decode_budget is None:
+            return
+        if not self.policy.needs_budget:
+            raise ValueError(f"decode_budget: policy {self.policy.name!r} keeps everything")
+        if self.heads is not None:
+            raise ValueError("decode_budget: expected equal budgets of the heads, got `heads` too")
+        if self.policy.query_rows == ALL_QUERIES and not self.policy.accumulates:
+            raise ValueError(
+                f"decode_budget: {self.policy.name!r} as set here looks at all queries of a prompt "
+                "at once, which decoding cannot show it"
+            )
+        if isinstance(self.decode_budget, float):
+            raise ValueError(f"decode_budget: expected whole slots, got {self.decode_budget!r}")
+        budgets.check_budget(self.decode_budget, window=self.policy.protected)
+        if self.evict_every < 1:
+            raise ValueError(f"evict_every: expected at least 1 token, got {self.evict_every}")
+
+    @property
+    def eviction(self) -> DecodeEviction | None:
+        """What a cache of this plan does when it is full."""
+        if self.decode_budget is None:
+            return None
+        return DecodeEviction(policy=self.policy, budget=self.decode_budget)
+
+    @property
+    def remembered(self) -> int:
+        """How many of the last queries a cache of this plan keeps for the next eviction."""
+        needed = self.eviction is not None and not self.policy.accumulates
+        return self.policy.query_rows if needed else 0
+
     def for_layer(self, spec: LayerSpec, columns: int) -> CachePlan:
         """This plan, or for a layer with a sliding window the plan of its ring buffer.
 
@@ -75,7 +140,7 @@ class CachePlan:
         if spec.window is None:
             return self
         slots = min(spec.window, columns + self.headroom)
-        return CachePlan(policy=_LAST, budget=slots, headroom=0)
+        return CachePlan(policy=_LAST, budget=slots, headroom=0, storage=self.storage)
 
     def layer_budget(self, layer: int, num_layers: int) -> Budget | None:
         """The budget that holds for a layer, before it is spread.
@@ -102,6 +167,19 @@ class CachePlan:
         )
         return max(spread, window + 1)
 
+    def slots(self, columns: int, layer: int = 0, num_layers: int = 1) -> int:
+        """S, a layer's slots for what is kept of the prompt and what follows it."""
+        prompt = self.prompt_slots(columns, layer, num_layers)
+        if self.decode_budget is None:
+            return prompt + self.headroom
+        return max(prompt, self.decode_budget) + self.evict_every
+
+    def flat_slots(self, heads: int, columns: int, layer: int, num_layers: int) -> int:
+        """Entries of a layer whose heads have budgets of their own, with room for new ones."""
+        assert self.heads is not None
+        prompt = self.prompt_slots(columns, layer, num_layers)
+        return self.heads.capacity(prompt, heads, layer) + heads * self.headroom
+
     def row_slots(
         self, lengths: Int[Array, " B"], columns: int, layer: int = 0, num_layers: int = 1
     ) -> Int[Array, " B"]:
@@ -120,8 +198,15 @@ class CachePlan:
 
     def alike(self, columns: int, num_layers: int) -> tuple[int, ...]:
         """For each layer the first one whose budget and slots are the same."""
+        own = self.heads.slots if isinstance(self.heads, FrozenHeads) else ((),) * num_layers
+        if len(own) != num_layers:
+            raise ValueError(f"heads: budgets for {len(own)} layers, expected {num_layers}")
         keys = [
-            (self.layer_budget(layer, num_layers), self.prompt_slots(columns, layer, num_layers))
+            (
+                self.layer_budget(layer, num_layers),
+                self.prompt_slots(columns, layer, num_layers),
+                own[layer],
+            )
             for layer in range(num_layers)
         ]
         return tuple(map(keys.index, keys))

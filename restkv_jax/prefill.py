@@ -96,16 +96,14 @@ def prefill(
             num_layers=len(specs),
         )
         caches = tuple(
-            _fill(cache, layer, entry) for cache, entry in zip(caches, kept, strict=True)
+            fill_layer(cache, layer, entry, q, positions)
+            for cache, entry in zip(caches, kept, strict=True)
         )
         return jnp.swapaxes(out, 1, 2), caches
 
     hidden, caches = model(tokens, positions, attend, caches)
     logits = model.unembed(hidden[:, -1]).astype(jnp.float32)
-    return logits, tuple(
-        _finish(cache, plan, specs, lengths, columns)
-        for cache, plan in zip(caches, plans, strict=True)
-    )
+    return logits, tuple(dataclasses.replace(cache, next_position=lengths) for cache in caches)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "plans", "budgets_of", "num_layers"))
@@ -158,6 +156,8 @@ def _attend_and_evict(
                 inputs,
                 capacity=plan.prompt_slots(inputs.columns, budgets_of, num_layers),
                 budget=plan.row_slots(lengths, inputs.columns, budgets_of, num_layers),
+                heads=plan.heads,
+                budgets_of=budgets_of,
             )
             for plan in plans
         )
@@ -179,27 +179,17 @@ def _attend_and_evict(
     return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)
 
 
-def _fill(cache: KVCache, layer: int | Array, kept: CompressedLayer) -> KVCache:
-    index, row = cache.place(layer)
-    return cache.with_stack(index, cache.stacks[index].fill(row, kept))
-
-
-def _finish(
+def fill_layer(
     cache: KVCache,
-    plan: CachePlan,
-    specs: tuple[LayerSpec, ...],
-    lengths: Int[Array, " B"],
-    columns: int,
+    layer: int | Array,
+    kept: CompressedLayer,
+    q: Float[Array, "B N T H"],
+    positions: Int[Array, "B T"],
 ) -> KVCache:
-    num_layers = len(specs)
-    alike = plan.alike(columns, num_layers)
-    stacks = list(cache.stacks)
-    # One layer of each stack and budget stands for those like it.
-    for layer in {(alike[i], cache.rows[i][0]): i for i in range(num_layers)}.values():
-        index, _ = cache.rows[layer]
-        own = plan.for_layer(specs[layer], columns)
-        # Layers of one stack share a cursor; where one keeps less, the slots before it are empty.
-        slots = jnp.minimum(lengths, own.row_slots(lengths, columns, layer, num_layers))
-        used = jnp.maximum(stacks[index].used, slots)
-        stacks[index] = dataclasses.replace(stacks[index], used=used)
-    return dataclasses.replace(cache, stacks=tuple(stacks), next_position=lengths)
+    """Puts what one layer keeps into a cache, and its last queries if the cache remembers any."""
+    index, row = cache.place(layer)
+    stack = cache.stacks[index].fill(row, kept)
+    if stack.queries is not None:
+        last = min(stack.queries.shape[3], q.shape[2])
+        stack = stack.remember(row, jnp.swapaxes(q[:, :, -last:], 1, 2), positions[:, -last:])
+    return cache.with_stack(index, stack)

@@ -88,7 +88,7 @@ def adaptive_window(
 
 def adaptive_pool(
     scores: Float[Array, "B N P"],
-    first: Int[Array, " B"],
+    first: Int[Array, "B M"],
     kernels: Int[Array, "B N"],
     shifts: Int[Array, "B N"],
     *,
@@ -101,15 +101,16 @@ def adaptive_pool(
 
     Args:
         scores: importance by position.
-        first: first valid position of each row; what lies before repeats its value.
+        first: first valid column, for all heads (M = 1) or by head; what lies before repeats it.
         kernels: odd window sizes, at most `max_kernel`.
         shifts: shifts, at most `max_shift` in size.
         max_kernel: static bound.
         max_shift: static bound.
     """
     past = scores.shape[-1]
-    edge = jnp.take_along_axis(scores, first[:, None, None], axis=-1)
-    scores = jnp.where(jnp.arange(past) < first[:, None, None], edge, scores)
+    first = jnp.broadcast_to(first, scores.shape[:2])[..., None]
+    edge = jnp.take_along_axis(scores, first, axis=-1)
+    scores = jnp.where(jnp.arange(past) < first, edge, scores)
     reach = max_kernel // 2
     padding = reach + max_shift
     padded = jnp.pad(scores, ((0, 0), (0, 0), (padding, padding)), mode="edge")

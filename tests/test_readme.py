@@ -20,7 +20,7 @@ def test_examples_run_and_mean_what_they_say(capsys):
     # 30 layers, 3 heads, 128 + 32 slots of 64, keys and values in float32
     assert names["out"].cache.kv_bytes == 2 * 30 * 3 * 160 * 64 * 4
     assert names["new_tokens"].shape == names["logprobs"].shape == (2, 8)
-    assert [cache.stacks[0].slots for cache in names["caches"][:2]] == [160, 256]
+    assert [cache.slots(0) for cache in names["caches"][:2]] == [160, 256]
     assert names["columns"].shape == (1, 2, 128)
     np.testing.assert_array_equal(names["kept"].positions, names["columns"])
     assert np.isinf(names["importance"]).sum() == 2 * 32

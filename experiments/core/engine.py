@@ -137,7 +137,7 @@ def weights_fingerprint(model: CausalLM) -> str:
 
 def _kept_slots(cache: KVCache) -> float:
     filled = [jnp.sum(stack.positions >= 0) for stack in cache.stacks]
-    heads = sum(stack.positions.size // stack.slots for stack in cache.stacks)
+    heads = sum(stack.used.size * stack.heads for stack in cache.stacks)
     return float(sum(filled)) / heads
 
 

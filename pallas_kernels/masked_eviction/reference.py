@@ -27,6 +27,40 @@ def select_slots(
     return jnp.where(ordered < columns, ordered, -1)
 
 
+def select_flat(
+    importance: Float[Array, "B J T"], counts: Int[Array, "B J"], *, capacity: int
+) -> tuple[Int[Array, "B 1 F"], Int[Array, "B 1 F"]]:
+    """The `counts` largest importances of each head, as one list by head and column.
+
+    Ties go to the lower column. Columns of importance -inf are never taken.
+
+    Args:
+        importance: +inf pins a column.
+        counts: entries that each head may keep, together at most F.
+        capacity: F, entries to fill.
+
+    Returns:
+        Head and column of each entry, -1 for empty ones, which come last.
+    """
+    batch, heads, columns = importance.shape
+    most = min(capacity, columns)
+    values, chosen = jax.lax.top_k(importance, most)
+    taken = (jnp.arange(most) < counts[..., None]) & (values > -jnp.inf)
+    mask = jnp.put_along_axis(
+        jnp.zeros(importance.shape, bool),
+        jnp.where(taken, chosen, columns),  # out of bounds: dropped
+        True,
+        axis=-1,
+        inplace=False,
+        mode="drop",
+    ).reshape(batch, -1)
+    entry = jnp.where(mask, jnp.cumsum(mask, axis=-1) - 1, capacity)
+    source = jnp.broadcast_to(jnp.arange(heads * columns), mask.shape)
+    empty = jnp.full((batch, capacity), -1, jnp.int32)
+    flat = jnp.put_along_axis(empty, entry, source, axis=-1, inplace=False, mode="drop")[:, None]
+    return jnp.where(flat >= 0, flat // columns, -1), jnp.where(flat >= 0, flat % columns, -1)
+
+
 def compact(x: Float[Array, "B K T *E"], columns: Int[Array, "B J C"]) -> Float[Array, "B J C *E"]:
     """Gathers the chosen columns of each head.
 

@@ -41,7 +41,7 @@ def output_factor(w_o: Float[Array, "N H D"]) -> Float[Array, "N H R"]:
 def window_attention(
     q: Float[Array, "B N W H"],
     k: Float[Array, "B K T H"],
-    visible: Bool[Array, "B W T"],
+    visible: Bool[Array, "B M W T"],
     *,
     scale: float,
     softcap: float | None = None,
@@ -51,19 +51,16 @@ def window_attention(
     Args:
         q: the window's queries.
         k: all keys; query head n reads key head n // (N / K).
-        visible: True where a query may look.
+        visible: True where a query may look, for all heads (M = 1) or by key head (M = K).
         scale: factor on q·k.
         softcap: c of c · tanh(logits / c), or None.
     """
     batch, heads, window, size = q.shape
     grouped = q.reshape(batch, k.shape[1], -1, window, size)
-    logits = scale * jnp.einsum(
-        "bkgwh,bkth->bkgwt", grouped, k, preferred_element_type=jnp.float32
-    ).reshape(batch, heads, window, -1)
+    logits = scale * jnp.einsum("bkgwh,bkth->bkgwt", grouped, k, preferred_element_type=jnp.float32)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    seen = visible[:, None]
-    logits = jnp.where(seen, logits, -jnp.inf)
+    logits = jnp.where(visible[:, :, None], logits, -jnp.inf).reshape(batch, heads, window, -1)
     peak = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
     return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), _TINY)

@@ -28,6 +28,7 @@ class Ablation(WindowPolicy):
     """
 
     name: ClassVar[str] = "ablation"
+    scores_by_budget: ClassVar[bool] = True
 
     indicator: Literal["attn", "attn-v", "reconstruction"] = "reconstruction"
     temporal: Temporal = "ema"
@@ -55,7 +56,7 @@ class Ablation(WindowPolicy):
         past = layer.columns - self.window
         received = jnp.sum(layer.window_weights(self.window)[..., :past], axis=2)
         length = jnp.linalg.norm(layer.v[:, :, :past].astype(jnp.float32), axis=-1)
-        scores = received * jnp.repeat(length, layer.spec.group_size, axis=1)
+        scores = received * layer.by_query_head(length)
         return average_pool(scores, self.poolable(layer), self.kernel)
 
     def _restkv(self) -> RestKV:

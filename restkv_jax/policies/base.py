@@ -46,6 +46,24 @@ class Policy(abc.ABC):
         del num_heads
         return num_kv_heads
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether `carry` is the attention that each entry has received so far.
+
+        Decoding then adds to it at every step.
+        """
+        return False
+
+    @property
+    def carries(self) -> bool:
+        """Whether `carry` returns anything."""
+        return self.accumulates
+
+    def carry(self, layer: LayerInputs) -> Float[Array, "B N T"] | None:
+        """What the next eviction gets as `layer.carried`, at least 0; None if it needs nothing."""
+        del layer
+        return None
+
     @abc.abstractmethod
     def importance(
         self, layer: LayerInputs, capacity: int, budget: Int[Array, " B"]
@@ -72,6 +90,7 @@ class WindowPolicy(Policy):
     """A policy that scores the past by the last W queries and always keeps the last W tokens.
 
     Attributes:
+        scores_by_budget: True if the past's scores depend on how many of it are kept.
         window: W.
         sinks: tokens at the start that are always kept and stay out of the pooling, so that the
             weight that they attract does not spread to their neighbours.
@@ -82,6 +101,8 @@ class WindowPolicy(Policy):
             head, after pooling. Mean and maximum could not be told apart in quality; the mean is
             the default, as it commutes with average pooling.
     """
+
+    scores_by_budget: ClassVar[bool] = False
 
     window: int = 32
     sinks: int = 0
@@ -125,9 +146,10 @@ class WindowPolicy(Policy):
             budget: past tokens to keep in each row, window and sinks not counted.
         """
 
-    def poolable(self, layer: LayerInputs) -> Bool[Array, "B 1 P"]:
+    def poolable(self, layer: LayerInputs) -> Bool[Array, "B M P"]:
         """True for the past columns that pooling may look at: tokens, but no sinks."""
-        return layer.positions[:, None, : layer.columns - self.window] >= self.sinks
+        past = layer.positions[..., : layer.columns - self.window]
+        return layer.by_query_head(past >= self.sinks)
 
     def importance(
         self, layer: LayerInputs, capacity: int, budget: Int[Array, " B"]
@@ -138,7 +160,11 @@ class WindowPolicy(Policy):
         if past:
             # At least 1: rows that the protected tokens fill still need scores that are numbers.
             most = max(min(capacity - self.protected, past), 1)
-            scores = self.past_scores(layer, most, jnp.clip(budget - self.protected, 1, most))
+            past_budget = jnp.clip(budget - self.protected, 1, most)
+            if self.scores_by_budget:
+                scores = self.past_scores(layer, most, past_budget)
+            else:
+                scores = layer.once(self, lambda: self.past_scores(layer, most, past_budget))
             if self.granularity == "kv_head":
                 scores = reduce_groups(scores, layer.spec.num_kv_heads, self.group_reduce)
         else:
@@ -183,7 +209,8 @@ class TokenPolicy(Policy):
     ) -> Float[Array, "B J T"]:
         """Scores, what is forced pinned, padding at -inf."""
         del capacity, budget
-        scores = pin(self.token_scores(layer), layer, sinks=self.sinks, recent=self.recent)
+        scores = layer.once(self, lambda: self.token_scores(layer))
+        scores = pin(scores, layer, sinks=self.sinks, recent=self.recent)
         heads = self.cache_heads(layer.spec.num_heads, layer.spec.num_kv_heads)
         return jnp.broadcast_to(scores, (scores.shape[0], heads, layer.columns))
 
@@ -192,9 +219,12 @@ def pin(
     scores: Float[Array, "B J T"], layer: LayerInputs, *, sinks: int, recent: int
 ) -> Float[Array, "B J T"]:
     """Puts the first and the last tokens of each row at +inf, padding at -inf."""
-    forced = (layer.positions < sinks) | (jnp.arange(layer.columns) >= layer.columns - recent)
-    scores = jnp.where(forced[:, None], jnp.inf, scores)
-    return jnp.where(layer.valid[:, None], scores, -jnp.inf)
+    positions = layer.positions
+    if scores.shape[1] > layer.spec.num_kv_heads:
+        positions = layer.by_query_head(positions)
+    forced = (positions < sinks) | (jnp.arange(layer.columns) >= layer.columns - recent)
+    scores = jnp.where(forced, jnp.inf, scores)
+    return jnp.where(positions >= 0, scores, -jnp.inf)
 
 
 def reduce_groups(

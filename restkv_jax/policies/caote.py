@@ -57,8 +57,7 @@ class CAOTE(WindowPolicy):
         total = jnp.sum(weights, axis=-1, keepdims=True)
         weights /= jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         if self.fast:
-            distance = distance_from_mean(layer, past)
-            distance = jnp.repeat(distance, layer.spec.group_size, axis=1)
+            distance = layer.by_query_head(distance_from_mean(layer, past))
             return weights / jnp.maximum(1.0 - weights, _LEAST_REST) * distance
         return aggregated_reconstruction(
             jnp.pad(weights, ((0, 0), (0, 0), (0, self.window))),
@@ -70,7 +69,7 @@ class CAOTE(WindowPolicy):
 
 def distance_from_mean(layer: LayerInputs, past: int) -> Float[Array, "B K P"]:
     """‖mean(v) - v_n‖ over the tokens among the first `past` columns."""
-    valid = layer.valid[:, None, :past, None]
+    valid = layer.valid[:, :, :past, None]
     values = jnp.where(valid, layer.v[:, :, :past].astype(jnp.float32), 0.0)
     count = jnp.maximum(jnp.sum(valid, axis=2, keepdims=True), 1)
     return jnp.linalg.norm(jnp.sum(values, axis=2, keepdims=True) / count - values, axis=-1)

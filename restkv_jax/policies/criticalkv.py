@@ -68,7 +68,8 @@ class CriticalKV(SnapKV):
         pinned = jnp.put_along_axis(
             jnp.zeros(scores.shape, bool), chosen, True, axis=-1, inplace=False, mode="drop"
         )
-        norms = projected_length(layer.v, layer.w_o)
+        w_o = layer.w_o
+        norms = layer.once("projected_length", lambda: projected_length(layer.v, w_o))
         if self.granularity == "kv_head":
             norms = jnp.mean(norms.reshape(*layer.k.shape[:2], -1, layer.columns), axis=2)
         second = jnp.where(jnp.isfinite(scores), (scores + self.epsilon) * norms, scores)

@@ -72,9 +72,9 @@ class ExpectedAttention(TokenPolicy):
     def token_scores(self, layer: LayerInputs) -> Float[Array, "B J T"]:
         """softmax_n(E-logits) · ‖v_n‖."""
         logits = self._expected_logits(layer)
-        counted = layer.valid & (layer.positions >= self.sinks)
+        counted = layer.by_query_head(layer.positions >= self.sinks)
         # Not -inf: a row of nothing but sinks has to stay a number; they are pinned in any case.
-        logits = jnp.where(counted[:, None], logits, jnp.finfo(jnp.float32).min)
+        logits = jnp.where(counted, logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, axis=-1)
         if self.granularity == "kv_head":
             weights = reduce_groups(weights, layer.spec.num_kv_heads, self.group_reduce)
@@ -88,7 +88,7 @@ class ExpectedAttention(TokenPolicy):
         q = layer.q[:, :, -self.rows :].astype(jnp.float32)
         # The last query always counts, however short the row.
         start = jnp.minimum(self.sinks, layer.lengths[:, None] - 1)
-        counted = layer.positions[:, -q.shape[2] :] >= jnp.maximum(start, 0)
+        counted = layer.query_positions(q.shape[2]) >= jnp.maximum(start, 0)
         share = counted / jnp.maximum(jnp.sum(counted, axis=-1, keepdims=True), 1)
         mean = jnp.einsum("bnqh,bq->bnh", q, share)
         spread = (q - mean[:, :, None]) * jnp.sqrt(share)[:, None, :, None]

@@ -31,6 +31,11 @@ class H2O(WindowPolicy):
     released: bool = False
 
     @property
+    def accumulates(self) -> bool:
+        """Column sums can be added up on the way, unless queries are to see the future."""
+        return not self.released
+
+    @property
     def query_rows(self) -> int:
         """Every query of the prompt."""
         return ALL_QUERIES
@@ -38,19 +43,26 @@ class H2O(WindowPolicy):
     def past_scores(
         self, layer: LayerInputs, capacity: int, budget: Int[Array, " B"]
     ) -> Float[Array, "B N P"]:
-        """Σ_t A_t[n] over all queries t.
+        """Σ_t A_t[n] over all queries t."""
+        del capacity, budget
+        return self.carry(layer)[..., : layer.columns - self.window]
+
+    def carry(self, layer: LayerInputs) -> Float[Array, "B N T"]:
+        """The column sums; those of a cache were added up while it was decoded from.
 
         Raises:
-            ValueError: the layer holds fewer queries than keys.
+            ValueError: the layer is a prompt that holds fewer queries than keys.
         """
-        del capacity, budget
+        if layer.carried is not None:
+            return jnp.maximum(layer.carried, 0.0)
         if layer.q.shape[2] != layer.columns:
             raise ValueError(
                 f"q: h2o looks at all {layer.columns} queries, got the last {layer.q.shape[2]}"
             )
         causal_from = layer.columns - self.window if self.released else 0
-        received = received_attention(layer, causal_from=causal_from)
-        return received[..., : layer.columns - self.window]
+        return layer.once(
+            (self.name, causal_from), lambda: received_attention(layer, causal_from=causal_from)
+        )
 
 
 def received_attention(layer: LayerInputs, *, causal_from: int = 0) -> Float[Array, "B N T"]:
@@ -84,7 +96,7 @@ def received_attention(layer: LayerInputs, *, causal_from: int = 0) -> Float[Arr
             weights = window_attention(
                 rows,
                 k[:, None],
-                seen & asked & layer.valid[:, None],
+                (seen & asked & layer.valid)[:, None],
                 scale=spec.scale,
                 softcap=spec.softcap,
             )

@@ -23,7 +23,7 @@ class KeyDiff(TokenPolicy):
 
     def token_scores(self, layer: LayerInputs) -> Float[Array, "B K T"]:
         """-cos(k_n, mean_m k_m / ‖k_m‖)."""
-        unit = _normalize(jnp.where(layer.valid[:, None, :, None], layer.k, 0))
+        unit = _normalize(jnp.where(layer.valid[..., None], layer.k, 0))
         # The cosine asks for the anchor's direction alone: the sum of keys serves as their mean.
         anchor = _normalize(jnp.sum(unit, axis=2))
         return -jnp.einsum("bkth,bkh->bkt", unit, anchor)

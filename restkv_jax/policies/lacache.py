@@ -65,19 +65,20 @@ class LaCache(Policy):
             ValueError: a model without more layers than the span, or a budget without room for
                 the sinks, one slot a layer and one block.
         """
-        kept = layer.valid
+        filled = layer.filled[:, 0]  # the ladder is the same for all heads
+        order = jnp.arange(layer.columns) - (layer.columns - filled[:, None])
+        kept = order >= 0
         if capacity < layer.columns:
             before, after = self.block_sizes(layer.num_layers)
             least = self.sinks + layer.num_layers + after
             require(capacity >= least, "budget", f"at least {least} slots for lacache", capacity)
             ladder = jax.vmap(self._kept_positions, in_axes=(0, 0, None, None, None, None))
             positions = ladder(
-                layer.lengths, budget, layer.index, layer.num_layers, (before, after), capacity
+                filled, budget, layer.index, layer.num_layers, (before, after), capacity
             )
             marked = jax.vmap(_mark, in_axes=(0, None))(positions, layer.columns)
-            # Position p sits at column p + T - length: the marks move right with the row.
-            by_column = jnp.take_along_axis(marked, jnp.maximum(layer.positions, 0), axis=1)
-            kept = layer.valid & by_column
+            # Entry i of a row sits at column i + T - length: the marks move right with the row.
+            kept &= jnp.take_along_axis(marked, jnp.maximum(order, 0), axis=1)
         pinned = jnp.where(kept, jnp.inf, -jnp.inf)[:, None]
         return jnp.broadcast_to(pinned, (*layer.k.shape[:2], layer.columns))
 

@@ -28,10 +28,11 @@ class Random(TokenPolicy):
     def token_scores(self, layer: LayerInputs) -> Float[Array, "B K T"]:
         """U[0, 1) by layer, position and head; padding does not shift it."""
         key = jax.random.fold_in(jax.random.key(self.seed), layer.index)
-        heads = (layer.spec.num_kv_heads,)
-        draw = jax.vmap(
-            lambda position: jax.random.uniform(jax.random.fold_in(key, position), heads)
-        )
-        drawn = draw(jnp.arange(layer.columns))
-        by_row = jnp.take(drawn, jnp.maximum(layer.positions, 0), axis=0)
-        return jnp.moveaxis(by_row, -1, 1)
+        shape = (*layer.k.shape[:2], layer.columns)
+        positions = jnp.broadcast_to(jnp.maximum(layer.positions, 0), shape)
+        heads = jnp.broadcast_to(jnp.arange(shape[1])[:, None], shape)
+
+        def draw(position: Array, head: Array) -> Array:
+            return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, position), head))
+
+        return jax.vmap(draw)(positions.ravel(), heads.ravel()).reshape(shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.window_scores import aggregated_reconstruction, per_query_reconstruction
@@ -39,9 +40,12 @@ class RestKV(WindowPolicy):
         spatial: "adaptive", "avgpool", "maxpool" or "none".
         kernel: pooling width, odd; the least width of the adaptive window.
         scale: positions of drift that widen the adaptive window by two.
+        carry_over: while decoding, the moving average goes on from the last eviction's instead of
+            starting with the oldest query of the window; form "after" and temporal "ema" only.
     """
 
     name: ClassVar[str] = "restkv"
+    scores_by_budget: ClassVar[bool] = True
 
     form: Literal["after", "before"] = "after"
     temporal: Temporal = "ema"
@@ -52,6 +56,7 @@ class RestKV(WindowPolicy):
     spatial: Literal["adaptive", "avgpool", "maxpool", "none"] = "adaptive"
     kernel: int = 5
     scale: float = 2000.0
+    carry_over: bool = False
 
     @classmethod
     def released(cls, **options: object) -> RestKV:
@@ -94,6 +99,25 @@ class RestKV(WindowPolicy):
             'False with form "after"',
             self.relative,
         )
+        require(
+            not self.carry_over or (self.form, self.temporal) == ("after", "ema"),
+            "carry_over",
+            'False unless form is "after" and temporal "ema"',
+            self.carry_over,
+        )
+
+    @property
+    def carries(self) -> bool:
+        """Whether the moving average goes on."""
+        return self.carry_over
+
+    def carry(self, layer: LayerInputs) -> Float[Array, "B N T"] | None:
+        """The averaged attention; entries of the window start anew, as their rows are not full."""
+        if not self.carry_over:
+            return None
+        averaged = self._averaged(layer, layer.window_weights(self.window))
+        inside = jnp.arange(layer.columns) >= layer.columns - self.window
+        return jnp.where(inside, -1.0, averaged)
 
     def past_scores(
         self, layer: LayerInputs, capacity: int, budget: Int[Array, " B"]
@@ -101,7 +125,10 @@ class RestKV(WindowPolicy):
         """Reconstruction errors, pooled over neighbouring positions."""
         del capacity
         weights = layer.window_weights(self.window)
-        scores = self._reconstruction(layer, weights)
+        # The same for all settings of the spatial smoothing, and for all budgets.
+        error = (self.form, self.window, self.temporal, self.alpha, self.tau, self.relative)
+        key = (self.name, *error, self.project, self.carry_over)
+        scores = layer.once(key, lambda: self._reconstruction(layer, weights))
         if self.spatial == "none":
             return scores
         if self.spatial == "adaptive":
@@ -113,13 +140,27 @@ class RestKV(WindowPolicy):
         self, layer: LayerInputs, weights: Float[Array, "B N W T"]
     ) -> Float[Array, "B N P"]:
         factor = layer.distance_factor(project=self.project)
-        rows = temporal_weights(self.temporal, self.window, self.alpha)
         if self.form == "before":
+            rows = temporal_weights(self.temporal, self.window, self.alpha)
             return per_query_reconstruction(weights, layer.v, factor, rows, relative=self.relative)
-        averaged = (weights * rows[:, None]).sum(axis=2)
         return aggregated_reconstruction(
-            averaged, layer.v, factor, window=self.window, tau=self.tau if self.project else 1.0
+            self._averaged(layer, weights),
+            layer.v,
+            factor,
+            window=self.window,
+            tau=self.tau if self.project else 1.0,
         )
+
+    def _averaged(
+        self, layer: LayerInputs, weights: Float[Array, "B N W T"]
+    ) -> Float[Array, "B N T"]:
+        rows = temporal_weights(self.temporal, self.window, self.alpha)
+        averaged = (weights * rows[:, None]).sum(axis=2)
+        if not self.carry_over or layer.carried is None:
+            return averaged
+        # acc <- row_0 becomes acc <- alpha · row_0 + (1 - alpha) · carried.
+        step = (1.0 - self.alpha) ** self.window * (layer.carried - weights[:, :, 0])
+        return averaged + jnp.where(layer.carried >= 0.0, step, 0.0)
 
     def _adaptive(
         self,
@@ -131,10 +172,10 @@ class RestKV(WindowPolicy):
         drift = attention_drift(weights, budget.clip(1, layer.columns))
         kernels, shifts = adaptive_window(drift, kernel=self.kernel, scale=self.scale)
         most = int(layer.columns // self.scale)  # |drift| < T bounds both, statically
-        first = (layer.columns - layer.lengths + self.sinks).clip(0, scores.shape[-1] - 1)
+        first = (layer.columns - layer.filled + self.sinks).clip(0, scores.shape[-1] - 1)
         return adaptive_pool(
             scores,
-            first,
+            layer.by_query_head(first),
             kernels,
             shifts,
             max_kernel=max(self.kernel, 2 * most + 1),

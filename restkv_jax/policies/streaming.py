@@ -46,15 +46,15 @@ class Streaming(Policy):
         recency = jnp.where(positions < self.sinks, jnp.inf, positions.astype(jnp.float32))
         recency = jnp.where(positions < 0, -jnp.inf, recency)
         shape = (*layer.k.shape[:2], layer.columns)
-        return jnp.broadcast_to(recency[:, None], shape)
+        return jnp.broadcast_to(recency, shape)
 
     def select(
         self, layer: LayerInputs, capacity: int, budget: Int[Array, " B"]
     ) -> Int[Array, "B K C"]:
         """The same set as by `importance`, in closed form."""
-        kept = jnp.minimum(budget, layer.lengths)[:, None]
+        kept = jnp.minimum(budget[:, None], layer.filled)[..., None]
         slot = jnp.arange(capacity)
-        first = layer.columns - layer.lengths[:, None]
+        first = layer.columns - layer.filled[..., None]
         columns = jnp.where(slot < self.sinks, first + slot, layer.columns - kept + slot)
         columns = jnp.where(slot < kept, columns, -1)
-        return jnp.broadcast_to(columns[:, None], (*layer.k.shape[:2], capacity))
+        return jnp.broadcast_to(columns, (*layer.k.shape[:2], capacity))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from restkv_jax import budget as budgets
+from restkv_jax.allocation import adakv_counts
 from restkv_jax.decode import CachePlan, SnapKV, Streaming, decode_step, pad_prompts, prefill
 from restkv_jax.policies import H2O, LaCache
 from tests.restkv_jax import dense, oracle, tiny
@@ -43,18 +44,19 @@ def adakv(scores, past, floor, normalize):
 
 
 def test_adakv_equals_numpy_whatever_the_padding():
-    slots = jax.jit(budgets.adakv_slots, static_argnums=1, static_argnames=("floor", "normalize"))
+    slots = jax.jit(adakv_counts, static_argnames=("most", "floor", "normalize"))
     r = np.random.default_rng(0)
     scores = r.random((2, 4, 60)) ** np.array([1, 2, 4, 8])[:, None]
     padded = scores.astype(np.float32)
     padded[1, :, :25] = -np.inf
     for floor in (0.0, 0.25, 0.5):
         for normalize in (False, True):
-            ours = slots(jnp.asarray(padded), 10, floor=floor, normalize=normalize)
+            options = {"most": 16, "floor": floor, "normalize": normalize}
+            ours = slots(jnp.asarray(padded), jnp.asarray([10, 10]), **options)
             for row, first in enumerate((0, 25)):
                 theirs = adakv(scores[row, :, first:], 10, floor, normalize)
                 np.testing.assert_array_equal(ours[row], theirs)
-    everything = slots(jnp.asarray(padded[:1]), 60, floor=0.5)
+    everything = slots(jnp.asarray(padded[:1]), jnp.asarray([60]), most=60, floor=0.5)
     np.testing.assert_array_equal(everything[0], [60] * 4)
 
 
@@ -87,10 +89,9 @@ def test_each_layer_holds_its_own_number_of_slots(prefilled):
     for layer, count in enumerate(slots):
         assert [len(head) for head in kept(pyramid, layer)] == [count] * 2
     assert [len(kept(listed, layer)[0]) for layer in range(LAYERS)] == [8, 20, 8, 32]
-    shapes = sorted(stack.k.shape[0::3][:2] for stack in listed.stacks)
-    assert shapes == [(1, 24), (1, 36), (2, 12)]
-    held = sum(stack.k.size for stack in listed.stacks)
-    assert held == 2 * 2 * 8 * (8 + 20 + 8 + 32 + 4 * LAYERS)
+    (stack,) = listed.stacks  # one array holds them all
+    assert stack.sizes == (12, 24, 12, 36)
+    assert stack.k.size == 2 * 2 * 8 * (8 + 20 + 8 + 32 + 4 * LAYERS)
 
 
 def test_a_ratio_in_a_pyramid_follows_each_rows_length(prefilled):

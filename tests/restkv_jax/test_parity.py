@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.masked_eviction import select_slots
 from restkv_jax import budget as budgets
+from restkv_jax.allocation import adakv_counts
 from restkv_jax.compression import select
 from restkv_jax.layer import LayerInputs, layer_inputs
 from restkv_jax.policies import H2O, Ablation, Policy, RestKV, SnapKV, Streaming
@@ -17,7 +19,7 @@ TEMPORAL = {"ema": "ema", "mean": "mean", "inv-ema": "inverse_ema", "none": "las
 CASES = parity.cases()
 select = jax.jit(select, static_argnums=0, static_argnames="capacity")
 select_slots = jax.jit(select_slots, static_argnames="capacity")
-adakv_slots = jax.jit(budgets.adakv_slots, static_argnums=1, static_argnames=("floor", "normalize"))
+adakv_shares = jax.jit(adakv_counts, static_argnames=("most", "floor", "normalize"))
 
 
 def policy_of(params: dict) -> Policy:
@@ -109,7 +111,7 @@ def test_parity(case: dict) -> None:
     np.testing.assert_allclose(pooled / top, stored["pooled"] / top, atol=1e-4, rtol=0)
     if params["method"] == "adakv":
         options = {"floor": params["floor"], "normalize": params["normalize"]}
-        slots = adakv_slots(pooled[None], past, **options)[0]
+        slots = adakv_shares(pooled[None], jnp.asarray([past]), most=past, **options)[0]
         np.testing.assert_array_equal(slots + window, stored["head_lens"])
         # One row for each head: their budgets differ.
         kept = select_slots(pooled[:, None], capacity=length - window, budget=slots)[:, 0]

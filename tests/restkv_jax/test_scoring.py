@@ -53,7 +53,7 @@ def test_output_factor_keeps_every_norm():
 def test_window_attention_equals_numpy():
     q, k, _, _ = draw(peak=2.0)
     seen = np.arange(T) <= np.arange(W)[:, None] + T - W
-    ours = window_attention(q, k, seen[None], scale=H**-0.5)
+    ours = window_attention(q, k, seen[None, None], scale=H**-0.5)
     np.testing.assert_allclose(ours[0], weights_of(q, k), atol=2e-6)
 
 

@@ -118,8 +118,8 @@ def test_slots_of_a_window(window, columns, headroom, slots):
         )
         ring, other = cache.stacks
         assert (ring.ring, other.ring) == (True, False)
-        assert ring.k.shape == (1, 2, 2, slots, 8)
-        assert other.slots == plan.prompt_slots(columns) + headroom
+        assert ring.k.shape == (2, 2, slots, 8)
+        assert other.sizes == (plan.prompt_slots(columns) + headroom,)
         assert cache.kv_bytes == 8 * (ring.k.size + other.k.size)
 
 
@@ -129,4 +129,4 @@ def test_windows_of_two_sizes_are_two_rings():
     out = generate(model, [prompt], plan=plan_of(Full()), max_new_tokens=25, chunk=8)
     logits = dense.logits_of(model, prompt + out.rows()[0])
     assert out.rows() == [jnp.argmax(logits[len(prompt) - 1 : -1], -1).tolist()]
-    assert [stack.slots for stack in out.cache.stacks] == [3, 64 + 32, 9]
+    assert [stack.sizes for stack in out.cache.stacks] == [(3, 9, 3), (64 + 32,)]

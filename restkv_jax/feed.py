@@ -1,0 +1,170 @@
+"""New tokens through the model and into its cache: one a step, or several at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.quantized import QuantArray, quantize
+from restkv_jax.attention import slot_attention, slot_weights
+from restkv_jax.cache import KVCache
+from restkv_jax.eviction import evict_rows
+from restkv_jax.protocols import CausalLM, LayerSpec, Projection
+from restkv_jax.slots import LayerSlots, LayerStack
+
+
+def feed(
+    model: CausalLM,
+    cache: KVCache,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    *,
+    evict: Literal["before", "after"] = "before",
+) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Runs tokens that follow what the cache holds.
+
+    Each layer writes its new keys and values first and attends to the slots afterwards. In this
+    order every read of the cache hangs on the last write, and XLA updates a cache that is donated
+    or carried through a loop in place.
+
+    Args:
+        model: see `CausalLM`.
+        cache: room for the valid tokens of each row, in the layers that are no rings, unless it
+            evicts while decoding.
+        tokens: T tokens of each row.
+        valid: False for columns to skip; their hidden states mean nothing.
+        evict: of a cache that evicts while decoding: "before" makes room where these tokens
+            would not fit, "after" goes back to the budget as soon as they were seen.
+
+    Returns:
+        Hidden states after the final norm, and the cache with the tokens in it.
+    """
+    specs = model.layer_specs
+    count = jnp.sum(valid, axis=1, dtype=jnp.int32)
+    start = cache.next_position
+    rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
+    positions = jnp.where(valid, start[:, None] + rank, -1)
+
+    def attend(
+        layer: int | Array,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        w_o: Float[Array, "N H D"] | Projection,
+        cache: KVCache,
+    ) -> tuple[Float[Array, "B T N H"], KVCache]:
+        spec = specs[layer] if isinstance(layer, int) else specs[0]
+        index, row = cache.place(layer)
+        stack = cache.stacks[index]
+
+        def evicted(full: Bool[Array, " B"], position: Int[Array, " B"]) -> LayerStack:
+            assert cache.eviction is not None
+            return evict_rows(
+                stack,
+                row,
+                full,
+                position,
+                w_o,
+                eviction=cache.eviction,
+                spec=spec,
+                layer=layer,
+                num_layers=len(specs),
+            )
+
+        evicts = cache.eviction if spec.window is None else None
+        if q.shape[1] == 1:
+            # First of all, as with keys and values; more at once might write over the last W.
+            stack = stack.remember(row, q, positions)
+        if evicts is not None and evict == "before":
+            full = (count > 0) & (stack.used[row] + count > stack.size(row))
+            stack = evicted(full & _after(q), start)
+        # Sets by query head store a copy of the key/value head for each of its query heads.
+        copies = stack.heads // spec.num_kv_heads
+        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+        if stack.ring and q.shape[1] > 1:
+            out = _attend_to_ring(q, k, v, stack, row, positions, spec)
+            stack = stack.append(row, k, v, positions)
+        else:
+            stack = stack.append(row, k, v, positions)
+            out, stack = _attend(q, stack, row, positions, spec)
+        if q.shape[1] > 1:
+            stack = stack.remember(row, q, positions)
+        if evicts is not None and evict == "after":
+            stack = evicted((stack.used[row] > evicts.budget) & _after(out), start + count)
+        return out, cache.with_stack(index, stack)
+
+    hidden, cache = model(tokens, positions, attend, cache)
+    return hidden, dataclasses.replace(cache, next_position=start + count)
+
+
+def _after(x: Float[Array, "B T N H"]) -> Bool[Array, " B"]:
+    """True, but only once `x` is there: eviction then waits for the attention that `x` stems from.
+
+    Without an order between them, XLA copies the cache to let one read while the other writes.
+    """
+    return ~jnp.isnan(x[:, 0, 0, 0])
+
+
+def _attend(
+    q: Float[Array, "B T N H"],
+    stack: LayerStack,
+    row: int | Array,
+    positions: Int[Array, "B T"],
+    spec: LayerSpec,
+) -> tuple[Float[Array, "B T N H"], LayerStack]:
+    """Attention over a layer's slots; adds up what they receive if the stack keeps account."""
+    layer = stack.layer(row)
+    if q.shape[1] == 1:
+        seen = layer.visible(positions, spec, stack.heads)[:, :, 0]
+        out, received = decode_attention(
+            q[:, 0], layer.k, layer.v, seen, scale=spec.scale, softcap=spec.softcap
+        )
+        out = out[:, None]
+    else:
+        by_head = jnp.swapaxes(q, 1, 2)
+        out = slot_attention(by_head, layer, positions, spec=spec, heads=stack.heads)
+        out = jnp.swapaxes(out, 1, 2)
+        if stack.accumulates:
+            received = slot_weights(by_head, layer, positions, spec=spec, heads=stack.heads)
+    if stack.accumulates:
+        stack = stack.receive(row, received)
+    return out, stack
+
+
+def _attend_to_ring(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T J H"],
+    v: Float[Array, "B T J H"],
+    stack: LayerStack,
+    row: int | Array,
+    positions: Int[Array, "B T"],
+    spec: LayerSpec,
+) -> Float[Array, "B T N H"]:
+    """Attention over a ring and the new tokens, before they write over what some still see."""
+    ring = stack.layer(row)
+
+    def joined(old: Array | QuantArray, new: Array) -> Array | QuantArray:
+        new = jnp.swapaxes(new, 1, 2)
+        if isinstance(old, QuantArray):
+            return jax.tree.map(_join, old, quantize(new))
+        return _join(old, new.astype(old.dtype))
+
+    marks = jnp.broadcast_to(positions[:, None], (*ring.positions.shape[:2], positions.shape[1]))
+    both = LayerSlots(
+        k=joined(ring.k, k),
+        v=joined(ring.v, v),
+        positions=_join(ring.positions, marks),
+        owners=None,
+        carried=None,
+    )
+    out = slot_attention(jnp.swapaxes(q, 1, 2), both, positions, spec=spec, heads=stack.heads)
+    return jnp.swapaxes(out, 1, 2)
+
+
+def _join(old: Array, new: Array) -> Array:
+    return jnp.concatenate([old, new], axis=2)

@@ -1,0 +1,243 @@
+"""Slots of the cache's layers: one array for many layers, written and evicted in place."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.quantized import QuantArray, quantize
+from restkv_jax.compression import CompressedLayer
+from restkv_jax.protocols import LayerSpec
+
+
+class LayerSlots(NamedTuple):
+    """One layer's part of a `LayerStack`, with the same letters."""
+
+    k: Float[Array, "B J S H"] | QuantArray
+    v: Float[Array, "B J S H"] | QuantArray
+    positions: Int[Array, "B J S"]
+    owners: Int[Array, "B 1 S"] | None
+    carried: Float[Array, "B N S"] | None
+
+    def visible(
+        self, query: Int[Array, "B T"], spec: LayerSpec, heads: int
+    ) -> Bool[Array, "B M T S"]:
+        """True for the slots that a query may look at.
+
+        Args:
+            query: positions of the queries, negative for padding.
+            spec: of the layer.
+            heads: J, sets of entries that the layer keeps, see `LayerStack.heads`.
+
+        Returns:
+            By cache head (M = J), or by query head if the entries have owners (M = N).
+        """
+        return visible(self.positions, self.owners, query, spec, heads)
+
+
+def visible(
+    positions: Int[Array, "B J S"],
+    owners: Int[Array, "B 1 S"] | None,
+    query: Int[Array, "B T"],
+    spec: LayerSpec,
+    heads: int,
+) -> Bool[Array, "B M T S"]:
+    """`LayerSlots.visible` of some of a layer's slots."""
+    distance = query[:, None, :, None] - positions[:, :, None]
+    seen = (positions[:, :, None] >= 0) & (distance >= 0)
+    if spec.window is not None:
+        seen &= distance < spec.window
+    if owners is not None:
+        set_of = jnp.arange(spec.num_heads) // (spec.num_heads // heads)
+        seen &= owners[:, :, None] == set_of[:, None, None]
+    return seen
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LayerStack:
+    """K/V of many layers, one after another along the axis of slots.
+
+    One array for many layers is what XLA updates in place inside a loop; a list of per-layer
+    arrays is copied at every step on CPU. Layers may have different numbers of slots. S is the
+    sum of them, J the sets of entries of a layer: K, or N by the policy's granularity, or 1 if
+    the heads share one list because each has a budget of its own.
+
+    Attributes:
+        k: [B, J, S, H] keys, stored after rotary embedding.
+        v: [B, J, S, H] values.
+        positions: int32 [B, J, S] true position of each entry, -1 for an empty slot.
+        used: int32 [L, B] the slot of each layer that its next token is written to, modulo the
+            layer's slots in a ring.
+        sizes: static; slots of each layer.
+        heads: static; heads that keep a set of their own, also if they share one list.
+        ring: static; the layers have a sliding window, and what leaves it is written over.
+        owners: int32 [B, 1, S] the head that each entry of a shared list belongs to, or None.
+        queries: [L, B, N, W + 1, H] the newest query and the W before it, at their positions
+            modulo W + 1; or None.
+        carried: float32 [B, N, S] what the policy handed on at the last eviction, -1 for entries
+            that came later; or None.
+        accumulates: static; `carried` is the attention that each entry has received so far.
+    """
+
+    k: Float[Array, "B J S H"] | QuantArray
+    v: Float[Array, "B J S H"] | QuantArray
+    positions: Int[Array, "B J S"]
+    used: Int[Array, "L B"]
+    sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    heads: int = dataclasses.field(metadata={"static": True})
+    ring: bool = dataclasses.field(default=False, metadata={"static": True})
+    owners: Int[Array, "B 1 S"] | None = None
+    queries: Float[Array, "L B N W1 H"] | None = None
+    carried: Float[Array, "B N S"] | None = None
+    accumulates: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def start(self, row: int | Array) -> int | Array:
+        """Where a layer's slots begin. A traced row needs layers of one size."""
+        return sum(self.sizes[:row]) if isinstance(row, int) else row * self.size(row)
+
+    def size(self, row: int | Array) -> int:
+        """Slots of a layer.
+
+        Raises:
+            ValueError: a traced row, but layers of several sizes.
+        """
+        if isinstance(row, int):
+            return self.sizes[row]
+        if len(set(self.sizes)) > 1:
+            raise ValueError(
+                "layer: a traced index needs layers of one size; unroll the loop over layers"
+            )
+        return self.sizes[0]
+
+    def layer(self, row: int | Array) -> LayerSlots:
+        """One layer's slots."""
+        start, size = self.start(row), self.size(row)
+
+        def part(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, size, axis=2)
+
+        return jax.tree.map(part, self._slots())
+
+    def with_layer(self, row: int | Array, layer: LayerSlots) -> LayerStack:
+        """This stack with one layer's first slots exchanged, as many as `layer` has."""
+        start = self.start(row)
+
+        def put(whole: Array, part: Array) -> Array:
+            part = part.astype(whole.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=2)
+
+        return dataclasses.replace(self, **jax.tree.map(put, self._slots(), layer)._asdict())
+
+    def fill(self, row: int | Array, kept: CompressedLayer) -> LayerStack:
+        """Puts what a layer keeps of its prompt into its first slots, the cursor behind it."""
+        layer = LayerSlots(
+            k=_stored(kept.k, self.k),
+            v=_stored(kept.v, self.v),
+            positions=kept.positions,
+            owners=kept.owners,
+            carried=kept.carried if self.carried is not None else None,
+        )
+        entries = jnp.max(jnp.sum(kept.positions >= 0, axis=-1), axis=-1)
+        return dataclasses.replace(
+            self.with_layer(row, layer), used=self.used.at[row].set(entries.astype(jnp.int32))
+        )
+
+    def append(
+        self,
+        row: int | Array,
+        k: Float[Array, "B T J H"],
+        v: Float[Array, "B T J H"],
+        positions: Int[Array, "B T"],
+    ) -> LayerStack:
+        """Writes tokens of one layer at its cursor and moves it.
+
+        Args:
+            row: the layer's row.
+            k: keys of every head.
+            v: values.
+            positions: of the tokens, ascending; negative ones are left out. What finds no slot
+                is lost, in a ring all but the last of them.
+        """
+        size, total = self.size(row), self.positions.shape[2]
+        batch, tokens = positions.shape
+        new = positions >= 0
+        count = jnp.sum(new, axis=1, dtype=jnp.int32)
+        rank = jnp.cumsum(new, axis=1, dtype=jnp.int32) - 1
+        shared = self.owners is not None
+        per_token = self.heads if shared else 1
+        slot = self.used[row][:, None] + rank * per_token
+        if self.ring:
+            new &= rank >= count[:, None] - size
+            slot %= size
+        if shared:
+            slot = (slot[..., None] + jnp.arange(self.heads)).reshape(batch, -1)
+            new, marked = (jnp.repeat(x, self.heads, axis=1) for x in (new, positions))
+            k, v = (x.reshape(batch, tokens * self.heads, 1, -1) for x in (k, v))
+        else:
+            marked = positions
+        slot = jnp.where(new & (slot < size), self.start(row) + slot, total)  # else: dropped
+        rows = jnp.arange(batch)[:, None]
+
+        def put(whole: Array, part: Array) -> Array:
+            return whole.at[rows, :, slot].set(part.astype(whole.dtype), mode="drop")
+
+        marked = jnp.broadcast_to(marked[..., None], (*marked.shape, self.positions.shape[1]))
+        owners = self.owners
+        if owners is not None:
+            each = jnp.tile(jnp.arange(self.heads), tokens)[:, None]
+            owners = put(owners, jnp.broadcast_to(each, (batch, *each.shape)))
+        carried = self.carried
+        if carried is not None:
+            carried = put(carried, jnp.full((*slot.shape, carried.shape[1]), -1.0))
+        return dataclasses.replace(
+            self,
+            k=jax.tree.map(put, self.k, _stored(k, self.k)),
+            v=jax.tree.map(put, self.v, _stored(v, self.v)),
+            positions=put(self.positions, marked),
+            used=self.used.at[row].add(count * per_token),
+            owners=owners,
+            carried=carried,
+        )
+
+    def remember(
+        self, row: int | Array, q: Float[Array, "B T N H"], positions: Int[Array, "B T"]
+    ) -> LayerStack:
+        """Keeps the last of these queries, if the stack keeps any."""
+        if self.queries is None:
+            return self
+        kept = self.queries.shape[3]
+        last = jnp.max(positions, axis=1, keepdims=True)
+        new = (positions >= 0) & (positions > last - kept)
+        slot = jnp.where(new, positions % kept, kept)  # out of bounds: dropped
+        rows = jnp.arange(positions.shape[0])[:, None]
+        queries = self.queries.at[row, rows, :, slot].set(q.astype(self.queries.dtype), mode="drop")
+        return dataclasses.replace(self, queries=queries)
+
+    def receive(self, row: int | Array, weights: Float[Array, "B N S"]) -> LayerStack:
+        """Adds attention weights to what the entries of a layer have received."""
+        assert self.carried is not None
+        start, size = self.start(row), self.size(row)
+        before = jax.lax.dynamic_slice_in_dim(self.carried, start, size, axis=2)
+        after = jnp.maximum(before, 0.0) + weights
+        carried = jax.lax.dynamic_update_slice_in_dim(self.carried, after, start, axis=2)
+        return dataclasses.replace(self, carried=carried)
+
+    def last_queries(self, row: int | Array, position: Int[Array, " B"]) -> Array:
+        """[B, N, W, H] the W queries before `position`, oldest first."""
+        if self.queries is None:
+            return jnp.zeros((position.shape[0], 1, 0, 1))
+        kept = self.queries.shape[3]
+        order = (position[:, None] + jnp.arange(1, kept)) % kept
+        return jnp.take_along_axis(self.queries[row], order[:, None, :, None], axis=2)
+
+    def _slots(self) -> LayerSlots:
+        return LayerSlots(self.k, self.v, self.positions, self.owners, self.carried)
+
+
+def _stored(x: Array, like: Array | QuantArray) -> Array | QuantArray:
+    return quantize(x) if isinstance(like, QuantArray) else x
