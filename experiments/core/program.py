@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import models
-from experiments.core.engine import EvictionEngine, weights_fingerprint
+from experiments.core.engine import EvictionEngine, question_room, weights_fingerprint
 from experiments.core.environment import environment, package_version
 from experiments.core.errors import UserError
 from experiments.core.options import PolicyText, chosen_policies
 from experiments.core.plans import make_plan, make_policy
 from experiments.core.results import Record, folder_name, prediction_row
-from experiments.core.runner import Prompting, Score
+from experiments.core.runner import Prompting, Score, build_prompt
 from experiments.core.session import describe_sets, run_session
 from experiments.core.table import print_tables
 from experiments.core.tasks import TaskSet
@@ -108,6 +108,7 @@ def run_benchmark(
     sets = benchmark.sets
     config = _config(args, language_model, policies, benchmark)
     headroom = max(task.spec.max_new_tokens for task in sets)
+    headroom += question_room(_longest_question(language_model, benchmark))
     plans = {policy.label: make_plan(policy, args.budget, headroom=headroom) for policy in policies}
     readable = f"{benchmark.name}-{Path(language_model.name).name}-{args.budget}"
     folder = args.out or Path("results") / folder_name(readable, config)
@@ -134,6 +135,18 @@ def run_benchmark(
     print_tables(tables)
     print(f"results: {folder}")
     return 0
+
+
+def _longest_question(language_model: models.LanguageModel, benchmark: Benchmark) -> int:
+    """Tokens of the longest question that is fed to a compressed cache; 0 if none is."""
+    if not benchmark.prompting.query_agnostic:
+        return 0
+    prompts = (
+        build_prompt(row, task.spec, language_model.tokenizer, benchmark.prompting)
+        for task in benchmark.sets
+        for row in task.rows
+    )
+    return max(len(prompt.ids) - (prompt.context_tokens or 0) for prompt in prompts)
 
 
 def _config(

@@ -63,6 +63,11 @@ class SetSpec:
         if "{context}" not in self.prompt:
             raise ValueError(f"the prompt of set {self.name!r} has no {{context}} field")
 
+    @property
+    def question(self) -> str:
+        """The part of the template that follows the context."""
+        return self.prompt.partition("{context}")[2]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskSet:

@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_length=None,  # prompts are made to measure
         eos_ids=language_model.eos_ids,
         turn_end_ids=language_model.turn_end_ids,
+        query_agnostic=args.query_agnostic,
     )
 
     def count(spec: SetSpec, row: Row) -> int:
@@ -57,16 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         explicit=args.tasks is not None,
     )
     announce(language_model, sets, notes)
+    mode = "query-agnostic" if args.query_agnostic else "query-aware"
     benchmark = Benchmark(
         name="ruler",
-        title="RULER's tasks (own wordings), score 0-100",
+        title=f"RULER's tasks (own wordings, {mode}), score 0-100",
         sets=sets,
         averages=averages_of(sets),
         prompting=prompting,
         longest_prompt=longest,
         score=score_prediction,
         record=prediction_row,
-        settings={"template": args.template},
+        settings={"template": args.template, "query_agnostic": args.query_agnostic},
     )
     return run_benchmark(args, language_model, policies, benchmark)
 

@@ -19,6 +19,9 @@ examples:
   # all 13 tasks at two lengths, 100 rows each, with the questions in a folder
   python -m experiments.ruler --data DIR --lengths 4k,8k --rows 100
 
+  # the context is compressed before the question is known
+  python -m experiments.ruler --query-agnostic --budget 0.25
+
   # two variants of one policy on the needle tasks, keeping a fifth of each prompt
   python -m experiments.ruler --tasks niah_single_1,niah_multikey_1 --budget 0.2 \\
       --policy full --policy restkv --policy restkv:preset=robust
@@ -66,6 +69,12 @@ def build_parser() -> Parser:
         type=count_of("--rows", 1),
         default=4,
         help="rows in each set (default: 4)",
+    )
+    group.add_argument(
+        "--query-agnostic",
+        action="store_true",
+        help="compress the context before the question is seen, then feed the question (default: "
+        "the question is in the prompt that is compressed)",
     )
     group.add_argument(
         "--template",

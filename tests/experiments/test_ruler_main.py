@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import models
 from experiments.core import engine as engines
 from experiments.core.errors import UserError, run_main
 from experiments.ruler.__main__ import main
@@ -25,10 +27,10 @@ def data(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("data"))
 
 
-def run(data, out, *extra):
+def run(data, out, *extra, policies=POLICIES):
     arguments = ["--model", MODEL, "--data", str(data), "--out", str(out), "--budget", "48"]
     arguments += ["--tasks", "vt,fwe,qa_1", "--rows", "2"]
-    for policy in POLICIES:
+    for policy in policies:
         arguments += ["--policy", policy]
     return run_main(lambda: main([*arguments, *extra]))
 
@@ -116,6 +118,70 @@ def test_another_seed_or_template_never_reuses_rows(whole, data, capsys):
         assert run(data, whole, *extra) == 2
         assert culprit in capsys.readouterr().err
     assert files(whole) == before
+
+
+@pytest.fixture(scope="module")
+def agnostic(data, tmp_path_factory):
+    """A run of `fwe` whose contexts are compressed first, and what the engine did in it."""
+    out, prefilled, fed = tmp_path_factory.mktemp("out") / "agnostic", [], []
+    prefill, extend = engines.prefill, engines.extend
+
+    def watched_prefill(model, tokens, valid, *, plans):
+        logits, caches = prefill(model, tokens, valid, plans=plans)
+        if isinstance(tokens, np.ndarray):  # not when shapes alone are traced
+            prefilled.append((tokens[valid].tolist(), [c.kept_positions(0) for c in caches]))
+        return logits, caches
+
+    def watched_extend(model, cache, tokens, valid):
+        fed.append((tokens[valid].tolist(), cache.kept_positions(0)))
+        return extend(model, cache, tokens, valid)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "prefill", watched_prefill)
+        patch.setattr(engines, "extend", watched_extend)
+        extra = ["--query-agnostic", "--tasks", "fwe"]
+        assert run(data, out, *extra, policies=("full", "streaming")) == 0
+    return out, prefilled, fed
+
+
+def lines_of(folder, policy):
+    text = (folder / policy / "1024" / "fwe.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_full_cache_answers_the_same_when_the_question_comes_later(whole, agnostic):
+    out, _, _ = agnostic
+    assert lines_of(out / "pred", "full") == lines_of(whole / "pred", "full")
+
+
+def test_contexts_are_compressed_without_their_questions(whole, agnostic):
+    out, prefilled, fed = agnostic
+    tokenizer = models.load(MODEL).tokenizer
+    rows = lines_of(out / "pred", "full")
+    assert len(prefilled) == 2
+    assert len(fed) == 4
+    for i, (row, (context, caches)) in enumerate(zip(rows, prefilled, strict=True)):
+        shown = tokenizer.decode(context, skip_special=False)
+        assert all(word in shown for word in row["outputs"])
+        assert "Which 3 code words" not in shown
+        # Full and evicted cache in turn, each as it was without the question.
+        for kept, (question, before) in zip(caches, fed[2 * i : 2 * i + 2], strict=True):
+            asked = tokenizer.decode(question, skip_special=False)
+            assert row["input"] in asked
+            assert asked.endswith("that occur most often are:")
+            np.testing.assert_array_equal(before, kept)
+        aware = lines_of(whole / "timing", "streaming")[i]
+        blind = lines_of(out / "timing", "streaming")[i]
+        assert aware["prompt_tokens"] == blind["prompt_tokens"] == len(context) + len(question)
+        assert aware["kept_slots"] == blind["kept_slots"] == 48
+        assert lines_of(out / "timing", "full")[i]["kept_slots"] == len(context)
+    assert "query-agnostic" in (out / "table.md").read_text()
+    assert "query-aware" in (whole / "table.md").read_text()
+
+
+def test_the_two_modes_never_share_a_folder(whole, data, capsys):
+    assert run(data, whole, "--query-agnostic") == 2
+    assert "query_agnostic" in capsys.readouterr().err
 
 
 def test_what_is_left_out_is_said_before_the_run(data, tmp_path, capsys, monkeypatch):
