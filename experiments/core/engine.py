@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 
@@ -102,11 +103,15 @@ class EvictionEngine:
         self, question: list[int], logits: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
         """Feeds a question, possibly none; the logits [1, V] that follow, and the cache."""
-        if not question:
-            return logits, cache
-        tokens, valid = pad_prompts([question])
-        after, cache = jax.block_until_ready(extend(self._model, cache, tokens, valid))
-        return last_logits(after, jnp.asarray(valid)), cache
+        # A cache that evicts while decoding takes so many tokens at once; others have the room.
+        most = cache.room if cache.eviction is not None else None
+        for start in range(0, len(question), most or len(question) or 1):
+            piece = question[start:][:most]
+            columns = min(bucket_length(len(piece)), most or sys.maxsize)
+            tokens, valid = pad_prompts([piece], columns=columns)
+            after, cache = jax.block_until_ready(extend(self._model, cache, tokens, valid))
+            logits = last_logits(after, jnp.asarray(valid))
+        return logits, cache
 
 
 def question_room(longest: int) -> int:

@@ -92,6 +92,26 @@ def make_plan(text: PolicyText, budget: Budget, *, headroom: int) -> CachePlan:
         raise UserError(f"--budget {budget} for --policy {text.label}: {error}") from None
 
 
+def describe_plan(plan: CachePlan) -> dict[str, Any]:
+    """What a configuration has to say of a plan, as plain JSON values.
+
+    The policy's options and the budget always; of the cache's options those that were changed.
+    """
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(CachePlan):
+        value = getattr(plan, field.name)
+        if field.name in PLAN_OPTIONS and field.name != "budget" and value != field.default:
+            changed[field.name] = value
+    if plan.heads is not None:
+        changed["heads"] = {"name": plan.heads.name, **dataclasses.asdict(plan.heads)}
+    return {
+        "name": plan.policy.name,
+        **dataclasses.asdict(plan.policy),
+        "budget": plan.budget,
+        **changed,
+    }
+
+
 def _read(policy: str, key: str, text: str, kind: Any) -> Any:
     """An option's value: a number, a truth value or a word, by the field's type."""
     if kind is bool:

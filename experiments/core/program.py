@@ -14,7 +14,7 @@ from experiments.core.engine import EvictionEngine, question_room, weights_finge
 from experiments.core.environment import environment, package_version
 from experiments.core.errors import UserError
 from experiments.core.options import PolicyText, chosen_policies
-from experiments.core.plans import make_plan, make_policy
+from experiments.core.plans import describe_plan, make_plan
 from experiments.core.results import Record, folder_name, prediction_row
 from experiments.core.runner import Prompting, Score, build_prompt
 from experiments.core.session import describe_sets, run_session
@@ -162,11 +162,7 @@ def _config(
         "weights": weights_fingerprint(language_model.model),
         "dtype": args.dtype,
         "policies": {
-            policy.label: {
-                "name": policy.name,
-                **dataclasses.asdict(make_policy(policy)),
-                "budget": args.budget.value if make_policy(policy).needs_budget else None,
-            }
+            policy.label: describe_plan(make_plan(policy, args.budget, headroom=0))
             for policy in policies
         },
         **benchmark.settings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from experiments.core import engine as engines
 from experiments.core.errors import UserError, run_main
 from experiments.core.options import Slots, parse_policy
-from experiments.core.plans import make_plan, make_policy
+from experiments.core.plans import describe_plan, make_plan, make_policy
 from experiments.longbench.__main__ import main
 from restkv_jax.decode import TOVA, AdaKV, CachePlan, RestKV, SnapKV
 
@@ -211,6 +212,21 @@ def test_options_of_the_cache_stand_among_those_of_the_policy():
     for text, culprit in (("tova:heads=mine", "heads"), ("tova:decode_budget=x", "decode_budget")):
         with pytest.raises(UserError, match=culprit):
             make_plan(parse_policy(text), Slots(128), headroom=8)
+
+
+def test_the_configuration_knows_all_of_a_plan():
+    def describe(text, budget=128):
+        return describe_plan(make_plan(parse_policy(text), Slots(budget), headroom=8))
+
+    plain = describe("tova")
+    assert plain == {"name": "tova", **dataclasses.asdict(TOVA()), "budget": 128}
+    options = ("budget=0.5", "recent=2", "layers=pyramid", "storage=int8", "heads=adakv")
+    options += ("decode_budget=64", "decode_budget=64,evict_every=2")
+    others = [describe(f"tova:{text}") for text in options]
+    for i, other in enumerate(others):
+        assert json.loads(json.dumps(other)) == other
+        assert other not in [plain, *others[:i]]
+    assert describe("full")["budget"] is None
 
 
 def test_memory_is_checked_before_anything_is_allocated(monkeypatch):
