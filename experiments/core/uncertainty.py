@@ -18,7 +18,7 @@ Scores = Mapping[str, Mapping[str, Sequence[float]]]
 RESAMPLES = 10_000
 # Two-sided 95 %.
 _QUANTILES = (0.025, 0.975)
-# With fewer rows than this there is no interval: draws of so few tell next to nothing.
+# With fewer rows in a set there is no interval: draws of so few tell next to nothing.
 FEWEST_ROWS = 5
 
 
@@ -102,8 +102,8 @@ def paired_differences(scores: Scores, averages: Sequence[Average] = ()) -> list
 
     Returns:
         For each two policies in their order: "policy" (the later one), "against", and "sets" and
-        "averages": name -> "difference", "low" and "high" (null below `FEWEST_ROWS` rows, and
-        where a set has one row only), "n".
+        "averages": name -> "difference", "low" and "high" (null where a set has fewer than
+        `FEWEST_ROWS` rows), "n".
 
     Raises:
         ValueError: if two policies have not answered the same number of rows of a set.
@@ -143,7 +143,7 @@ def _difference(
     """The difference of two policies' means over sets, and where the drawn ones [R] lie."""
     exact = [statistics.fmean(a) - statistics.fmean(b) for a, b in zip(later, earlier, strict=True)]
     counts = [len(rows) for rows in later]
-    enough = min(counts) > 1 and sum(counts) >= FEWEST_ROWS
+    enough = min(counts) >= FEWEST_ROWS
     low, high = np.quantile(drawn, _QUANTILES) if enough else (None, None)
     return {
         "difference": _rounded(statistics.fmean(exact)),

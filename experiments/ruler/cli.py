@@ -13,7 +13,7 @@ _LEAST_LENGTH = 256
 
 _EPILOG = """\
 examples:
-  # the 11 tasks without question answering, 4 rows each: nothing is needed but the package index
+  # the 11 tasks without question answering, 5 rows each: nothing is needed but the package index
   python -m experiments.ruler
 
   # all 13 tasks at two lengths, 100 rows each, with the questions in a folder
@@ -67,8 +67,8 @@ def build_parser() -> Parser:
         "--rows",
         metavar="N",
         type=count_of("--rows", 1),
-        default=4,
-        help="rows in each set (default: 4)",
+        default=5,
+        help="rows in each set (default: 5)",
     )
     group.add_argument(
         "--query-agnostic",

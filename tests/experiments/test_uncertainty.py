@@ -1,6 +1,5 @@
 """Standard errors and paired bootstrap intervals, against formulas, counting and SciPy."""
 
-import itertools
 import statistics
 
 import numpy as np
@@ -82,19 +81,22 @@ def test_the_interval_is_the_percentile_bootstraps():
 
 
 def test_averages_draw_each_set_for_itself():
-    # A draw of [0, 100] is 0, 50, 50 or 100; two sets drawn apart have a mean of 0 once in 16.
-    rows = {"a": [0.0, 100.0], "b": [0.0, 100.0], "c": [0.0, 100.0], "d": [0.0, 100.0]}
-    zero = {name: [0.0, 0.0] for name in rows}
+    # Differences of 0 and 100, half of each, in three sets of six rows.
+    rows = {name: [0.0, 100.0] * 3 for name in "abc"}
+    zero = {name: [0.0] * 6 for name in rows}
     found = pairs({"x": zero, "y": rows}, Average("m", tuple(rows)))["y", "x"]["averages"]["m"]
-    outcomes = sorted(sum(draw) / 8 for draw in itertools.product((0, 100), repeat=8))
-    # Drawn together they would be 0 in a quarter of all cases, and the interval 0 to 100.
-    expected = {"difference": 50.0, "low": 12.5, "high": 87.5, "n": 8}
-    assert found == expected
-    assert np.quantile(outcomes, [0.025, 0.975]).tolist() == [12.5, 87.5]
+    assert (found["difference"], found["n"]) == (50.0, 18)
+    # Means of a draw of 18 are those of 18 coins; drawn together they would be those of 6.
+    low, high = (100 * scipy.stats.binom.ppf(q, 18, 0.5) / 18 for q in (0.025, 0.975))
+    assert (found["low"], found["high"]) == (
+        pytest.approx(low, abs=0.01),
+        pytest.approx(high, abs=0.01),
+    )
+    assert 100 * scipy.stats.binom.ppf(0.025, 6, 0.5) / 6 < low - 5
 
 
 def test_one_row_has_no_interval():
-    scores = {"x": {"a": [1.0], "b": [1.0, 2.0]}, "y": {"a": [3.0], "b": [1.0, 2.0]}}
+    scores = {"x": {"a": [1.0], "b": [1.0] * 9}, "y": {"a": [3.0], "b": [1.0] * 9}}
     pair = pairs(scores, Average("m", ("a", "b")))["y", "x"]
     assert pair["sets"]["a"] == {"difference": 2.0, "low": None, "high": None, "n": 1}
     assert pair["averages"]["m"]["low"] is None
