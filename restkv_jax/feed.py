@@ -102,7 +102,7 @@ def feed(
         return out, (count, start, positions, cache.with_stack(index, stack))
 
     # All that `attend` reads is in its state, which a sharded model splits by rows and heads.
-    hidden, (*_, cache) = model(tokens, positions, attend, (count, start, positions, cache))
+    hidden, (_, _, _, cache) = model(tokens, positions, attend, (count, start, positions, cache))
     return hidden, dataclasses.replace(cache, next_position=start + count)
 
 

@@ -18,7 +18,6 @@ from restkv_jax.layer import LayerInputs
 from restkv_jax.plan import CachePlan
 from restkv_jax.protocols import CausalLM, LayerSpec, Projection
 
-
 _State = tuple[Int[Array, " B"], Int[Array, "B T"], tuple[KVCache, ...]]
 
 

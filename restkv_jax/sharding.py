@@ -161,9 +161,7 @@ class MeshRules:
                 f"of axis {self.axis('kv_heads')!r}; expected a multiple. Put more of the devices "
                 "on the batch's axis instead"
             )
-        return dataclasses.replace(
-            spec, head_axis=self.axis("kv_heads") if shards > 1 else None
-        )
+        return dataclasses.replace(spec, head_axis=self.axis("kv_heads") if shards > 1 else None)
 
     def _require_rows(self, batch: int) -> None:
         shards = self.shards("batch")
@@ -196,11 +194,10 @@ class MeshRules:
                 queries=queries,
             )
         if isinstance(node, LayerInputs):
-            by_head = ("q", "k", "v", "cached_positions", "carried")
-            of = dict.fromkeys(by_head, heads)
-            of |= dict.fromkeys(("factor", "w_o"), self.spec("query_heads"))
-            of |= {"lengths": rows, "index": self.spec()}
-            parts = {name: each(spec, getattr(node, name))[0] for name, spec in of.items()}
+            weights = self.spec("query_heads")
+            of = {"factor": weights, "w_o": weights, "lengths": rows, "index": self.spec()}
+            names = [f.name for f in dataclasses.fields(node) if not f.metadata.get("static")]
+            parts = {name: each(of.get(name, heads), getattr(node, name))[0] for name in names}
             return dataclasses.replace(node, **parts)
         if isinstance(node, CompressedLayer):
             return jax.tree.map(lambda _: heads, node)
