@@ -19,11 +19,11 @@ from restkv_jax.decode import (
     TOVA,
     AdaKV,
     CachePlan,
+    CriticalKV,
     FrozenHeads,
     Full,
     LaCache,
     MeshRules,
-    Random,
     RestKV,
     SharedBudget,
     SnapKV,
@@ -80,10 +80,8 @@ TOKENS, VALID = prompts()
 ROWS = len(TOKENS)
 
 
-def network(windows=None):
-    model = tiny.make(layers=2, heads=8, kv_heads=4, vocab=97)
-    if windows is not None:
-        return tiny.with_windows(model, windows)
+def network(**spec):
+    model = tiny.make(layers=2, heads=8, kv_heads=4, vocab=97, **spec)
     return tiny.ScannedModel(model.params, model.layer_specs)  # compiles one layer, not two
 
 
@@ -96,12 +94,23 @@ def collectives(compiled):
     return Counter(re.findall(COLLECTIVE, compiled.as_text()))
 
 
-def decoded(model, logits, cache, steps=STEPS):
-    """Greedy tokens, and the state behind them."""
+def compiled(function, *args, **static):
+    """Not optimised: these programs take longer to compile than to run."""
+    options = {"xla_backend_optimization_level": 0}
+    return function.lower(*args, **static).compile(compiler_options=options)
+
+
+def decode_program(model, logits, cache, steps=STEPS):
+    """The compiled decode loop, and the state that it starts from."""
     limit = jnp.full(ROWS, steps)
     state = init_decode(logits, cache, row_keys(0, ROWS), limit, NO_STOP)
+    return compiled(decode_chunk, model, state, NO_STOP, steps=steps - 1), state
+
+
+def decoded(model, program, state):
+    """Greedy tokens, and the state behind them."""
     first = np.asarray(state.token)[:, None]
-    state, tokens, _ = decode_chunk(model, state, NO_STOP, steps=steps - 1)
+    state, tokens, _ = program(model, state, NO_STOP)
     return np.concatenate([first, tokens], axis=1), state
 
 
@@ -109,12 +118,15 @@ def decoded(model, logits, cache, steps=STEPS):
 def of_every_policy(mesh):
     """One prefill: logits, kept positions by policy and layer, greedy tokens, collectives."""
     model = on(mesh, network())
-    program = prefill.lower(model, TOKENS, VALID, plans=tuple(PLANS.values())).compile()
+    program = compiled(prefill, model, TOKENS, VALID, plans=tuple(PLANS.values()))
     logits, caches = program(model, TOKENS, VALID)
     kept = [[np.asarray(cache.kept_positions(i)) for i in range(2)] for cache in caches]
     if mesh is not None:
         assert_placed(caches, model.rules)
-    tokens = [decoded(model, logits, cache)[0] for cache in caches]
+    decode, state = decode_program(model, logits, caches[0])
+    states = (dataclasses.replace(state, cache=cache) for cache in caches)
+    # A copy of each, as decoding consumes it and they share all but the cache.
+    tokens = [decoded(model, decode, jax.tree.map(jnp.copy, own))[0] for own in states]
     return np.asarray(logits), kept, tokens, collectives(program)
 
 
@@ -148,94 +160,88 @@ def layer(rng):
     return layer_inputs(*arrays, lengths=jnp.asarray(lengths), num_layers=2)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_selection_of_heads_needs_no_collective_and_tova_one_all_reduce(mesh):
+def test_selection_of_heads_needs_no_collective_and_tova_one_all_reduce():
     """The compiled unit of work of one layer: scores, selection and compaction."""
-    inputs, rules = layer(np.random.default_rng(1)), MeshRules.over(data=mesh[0], model=mesh[1])
+    inputs, rules = layer(np.random.default_rng(1)), MeshRules.over(data=2, model=4)
     inputs = jax.device_put(inputs, rules.shardings(inputs))
 
-    def keep(policies, inputs):
-        return tuple(compress(policy, inputs, capacity=BUDGET) for policy in policies)
+    def unit(policies):
+        def keep(inputs):
+            return tuple(compress(policy, inputs, capacity=BUDGET) for policy in policies)
 
-    def compiled(policies):
-        unit = functools.partial(rules.on_shards, functools.partial(keep, policies))
-        return jax.jit(unit).lower(inputs).compile()
+        return compiled(jax.jit(functools.partial(rules.on_shards, keep)), inputs)
 
     local = [plan.policy for name, plan in PLANS.items() if name != "tova"]
-    assert collectives(compiled(local)) == {}
-    tova = compiled([TOVA()])
-    assert collectives(tova) == ({"all-reduce": 1} if mesh[1] > 1 else {})
-    if mesh[1] > 1:  # its size: a weight for each column of each of the device's rows
-        assert f"f32[{ROWS // mesh[0]},1,{COLUMNS}]" in next(
-            line for line in tova.as_text().splitlines() if re.search(COLLECTIVE, line)
-        )
+    assert collectives(unit(local)) == {}
+    tova = unit([TOVA()])
+    assert collectives(tova) == {"all-reduce": 1}
+    # Its size: a weight for each column of each of the device's rows.
+    (line,) = [line for line in tova.as_text().splitlines() if re.search(COLLECTIVE, line)]
+    assert f"f32[{ROWS // 2},1,{COLUMNS}]" in line
 
 
 def test_eviction_adds_no_collective_to_the_prefill():
     """All policies in one program, against a prefill that keeps everything."""
     model = on((2, 4), network())
-    full = prefill.lower(model, TOKENS, VALID, plans=(PLANS["full"],)).compile()
-    own = collectives(full)
-    assert own["all-reduce"] == 1  # behind the output projection, in the loop over layers
+    own = collectives(compiled(prefill, model, TOKENS, VALID, plans=(PLANS["full"],)))
+    assert own == {"all-reduce": 1}  # behind the output projection, in the loop over layers
     assert of_every_policy((2, 4))[3] == own + Counter({"all-reduce": 1})  # TOVA's
 
 
 DECODING = {
     "restkv": CachePlan(
-        policy=RestKV(window=W, carry_over=True), budget=12, decode_budget=10, evict_every=5
-    ),
-    "h2o": CachePlan(policy=H2O(window=W), budget=12, decode_budget=10, evict_every=5),
-    "tova": CachePlan(policy=TOVA(), budget=12, decode_budget=10, evict_every=5),
-    "random": CachePlan(policy=Random(), budget=12, decode_budget=10, evict_every=5),
-    "int8": CachePlan(policy=SnapKV(window=W, granularity="query_head"), budget=12, storage="int8"),
-}
-
-
-def test_eviction_while_decoding_and_int8_on_a_mesh():
-    """Rows are full at different steps, so that devices evict at different times."""
-    results = []
-    for model in (network(), on((2, 4), network())):
-        logits, caches = prefill(model, TOKENS, VALID, plans=tuple(DECODING.values()))
-        results.append([decoded(model, logits, cache, steps=24) for cache in caches])
-    for name, (tokens, state), (ours, sharded) in zip(DECODING, *results, strict=True):
-        np.testing.assert_array_equal(ours, tokens, err_msg=name)
-        for i in range(2):
-            np.testing.assert_array_equal(
-                sharded.cache.kept_positions(i), state.cache.kept_positions(i), err_msg=name
-            )
-        assert_placed(sharded.cache, model.rules)
-
-
-@pytest.mark.parametrize("name", ["restkv", "tova"])
-def test_a_decode_step_is_in_place_and_communicates_what_the_model_does(name):
-    model = on((2, 4), network())
-    logits, (cache,) = prefill(model, TOKENS, VALID, plans=(DECODING[name],))
-    limit = jnp.full(ROWS, 24)
-    state = init_decode(logits, cache, row_keys(0, ROWS), limit, NO_STOP)
-    state = jax.device_put(state, model.rules.shardings(state))
-    program = decode_chunk.lower(model, state, NO_STOP, steps=23).compile()
-    assert collectives(program) == {"all-reduce": 1 + (name == "tova")}
-    keys = state.cache.stacks[0].k
-    state, _, _ = program(model, state, NO_STOP)
-    assert keys.is_deleted()
-    assert_placed(state, model.rules)
-
-
-def test_rings_questions_and_query_head_sets_on_a_mesh():
-    """A model with a sliding window in one layer, int8, several tokens at once."""
-    plan = CachePlan(
-        policy=SnapKV(window=W, granularity="query_head"),
+        policy=RestKV(window=W, carry_over=True, granularity="query_head"),
         budget=12,
         decode_budget=10,
         evict_every=5,
         storage="int8",
-    )
+    ),
+    "h2o": CachePlan(policy=H2O(window=W), budget=12, decode_budget=10, evict_every=5),
+    "tova": CachePlan(policy=TOVA(), budget=12, decode_budget=10, evict_every=5),
+}
+
+
+def test_eviction_while_decoding():
+    """Rows are full at different steps, so that devices evict at different times.
+
+    A step is in place, and communicates no more than the model: one all-reduce a layer.
+    """
+    results = []
+    for mesh in (None, (2, 4)):
+        model, own = on(mesh, network()), {}
+        program = compiled(prefill, model, TOKENS, VALID, plans=tuple(DECODING.values()))
+        logits, caches = program(model, TOKENS, VALID)
+        for name, cache in zip(DECODING, caches, strict=True):
+            decode, state = decode_program(model, logits, cache, steps=24)
+            keys = jax.tree.leaves(state.cache.stacks[0].k)[0]
+            tokens, state = decoded(model, decode, state)
+            own[name] = tokens, [np.asarray(state.cache.kept_positions(i)) for i in range(2)]
+            if mesh is not None:
+                assert collectives(decode) == {"all-reduce": 1 + (name == "tova")}
+                assert keys.is_deleted()
+                assert_placed(state.cache, model.rules)
+        results.append(own)
+    for name in DECODING:
+        for ours, theirs in zip(*(jax.tree.leaves(own[name]) for own in results), strict=True):
+            np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
+def test_rings_and_questions_on_a_mesh():
+    """A model with sliding windows, int8, then several tokens at once."""
+    plan = dataclasses.replace(PLANS["snapkv"], storage="int8")
     results = []
     for mesh in (None, (4, 2)):
-        model = on(mesh, with_output_factors(network(windows=(None, 9))))
-        logits, (cache,) = prefill(model, TOKENS, VALID, plans=(plan,))
-        tokens, state = decoded(model, logits, cache)
-        after, cache = extend(model, state.cache, TOKENS[:, -5:], VALID[:, -5:])
+        model = on(mesh, network(window=9))
+        logits, (cache,) = compiled(prefill, model, TOKENS, VALID, plans=(plan,))(
+            model, TOKENS, VALID
+        )
+        tokens, state = decoded(model, *decode_program(model, logits, cache))
+        question = TOKENS[:, -5:], VALID[:, -5:]
+        after, cache = compiled(extend, model, state.cache, *question)(
+            model, state.cache, *question
+        )
+        if mesh is not None:
+            assert_placed(cache, model.rules)
         results.append((tokens, after, [cache.kept_positions(i) for i in range(2)]))
     (tokens, after, kept), (ours, sharded, ours_kept) = results
     np.testing.assert_array_equal(ours, tokens)
@@ -244,40 +250,39 @@ def test_rings_questions_and_query_head_sets_on_a_mesh():
         np.testing.assert_array_equal(own, theirs)
 
 
-def test_prompts_in_pieces_on_a_mesh():
+@pytest.mark.parametrize("function", [prefill_chunked, prefill_bounded])
+def test_prompts_in_pieces_on_a_mesh(function):
+    plan = PLANS["snapkv"]
+    plans = {"plan": plan} if function is prefill_bounded else {"plans": (plan,)}
     results = []
     for mesh in (None, (2, 4)):
         model = on(mesh, network())
-        chunked, (cache,) = prefill_chunked(
-            model, TOKENS, VALID, plans=(PLANS["restkv"],), piece=24
-        )
-        bounded, second = prefill_bounded(model, TOKENS, VALID, plan=PLANS["snapkv"], piece=24)
-        kept = [c.kept_positions(i) for c in (cache, second) for i in range(2)]
-        results.append((chunked, bounded, kept))
-    for ours, theirs in zip(results[1][:2], results[0][:2], strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=ATOL)
-    for ours, theirs in zip(results[1][2], results[0][2], strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+        program = compiled(function, model, TOKENS, VALID, piece=24, **plans)
+        logits, cache = program(model, TOKENS, VALID)
+        cache = cache[0] if isinstance(cache, tuple) else cache
+        results.append((logits, [cache.kept_positions(i) for i in range(2)]))
+    (logits, kept), (ours, ours_kept) = results
+    np.testing.assert_allclose(ours, logits, atol=ATOL)
+    for theirs, own in zip(kept, ours_kept, strict=True):
+        np.testing.assert_array_equal(own, theirs)
 
 
 SHARES = [AdaKV(), SharedBudget(), FrozenHeads(slots=((9, 12, 15, 12),) * 2)]
 
 
 def test_budgets_by_head_on_a_mesh_that_splits_the_batch():
-    plans = tuple(
-        dataclasses.replace(PLANS["snapkv"], heads=heads, headroom=STEPS) for heads in SHARES[1:]
-    )
+    plan = dataclasses.replace(PLANS["snapkv"], heads=SharedBudget(), headroom=STEPS)
     results = []
     for mesh in (None, (8, 1)):
         model = on(mesh, network())
-        logits, caches = prefill(model, TOKENS, VALID, plans=plans)
-        results.append((decoded(model, logits, caches[0])[0], caches))
-    (tokens, caches), (ours, sharded) = results
-    np.testing.assert_array_equal(ours, tokens)
-    for cache, other in zip(caches, sharded, strict=True):
-        for i in range(2):
-            np.testing.assert_array_equal(other.kept_positions(i), cache.kept_positions(i))
-            np.testing.assert_array_equal(other.owners(i), cache.owners(i))
+        logits, (cache,) = compiled(prefill, model, TOKENS, VALID, plans=(plan,))(
+            model, TOKENS, VALID
+        )
+        tokens, state = decoded(model, *decode_program(model, logits, cache))
+        kept = [(state.cache.kept_positions(i), state.cache.owners(i)) for i in range(2)]
+        results.append((tokens, kept))
+    for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("heads", SHARES, ids=lambda heads: heads.name)
@@ -299,11 +304,12 @@ def test_scores_of_a_layer_on_shards():
     budget = jnp.arange(8, 16)
 
     def scores(inputs, budget):
-        return score(RestKV(window=W), inputs, capacity=16, budget=budget)
+        return score(CriticalKV(window=W), inputs, capacity=16, budget=budget)
 
     found = jax.jit(functools.partial(rules.on_shards, scores))(inputs, budget)
+    expected = jax.jit(scores)(inputs, budget)
     assert found.sharding.is_equivalent_to(rules.sharding("batch", "kv_heads"), 3)
-    np.testing.assert_allclose(found, scores(inputs, budget), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_fewer_heads_than_devices_or_rows_that_do_not_split_are_refused():
@@ -336,8 +342,8 @@ def test_a_cache_is_placed_from_its_shapes():
     rules = MeshRules.over(data=2, model=4)
     make = functools.partial(
         init_cache,
-        network(windows=(None, 9)).layer_specs,
-        DECODING["int8"],
+        tiny.with_windows(network(), (None, 9)).layer_specs,
+        DECODING["restkv"],
         batch=ROWS,
         prompt_columns=COLUMNS,
         dtype=jnp.float32,
