@@ -77,6 +77,7 @@ def feed(
                 spec=spec,
                 layer=layer,
                 num_layers=len(specs),
+                by_slot=cache.by_slot,
             )
 
         evicts = cache.eviction if spec.window is None else None
@@ -101,9 +102,21 @@ def feed(
             stack = evicted((stack.used[row] > evicts.budget) & _after(out), start + count)
         return out, (count, start, positions, cache.with_stack(index, stack))
 
+    rotary = positions if not cache.by_slot else _by_slot(cache, count, rank, valid)
     # All that `attend` reads is in its state, which a sharded model splits by rows and heads.
-    hidden, (_, _, _, cache) = model(tokens, positions, attend, (count, start, positions, cache))
+    hidden, (_, _, _, cache) = model(tokens, rotary, attend, (count, start, positions, cache))
     return hidden, dataclasses.replace(cache, next_position=start + count)
+
+
+def _by_slot(
+    cache: KVCache, count: Int[Array, " B"], rank: Int[Array, "B T"], valid: Bool[Array, "B T"]
+) -> Int[Array, "B T"]:
+    """The slots that new tokens will be written to, which are those of all layers alike."""
+    (stack,) = cache.stacks
+    used = stack.used[0]
+    if cache.eviction is not None:
+        used = jnp.where(used + count > stack.size(0), cache.eviction.budget, used)
+    return jnp.where(valid, used[:, None] + rank, -1)
 
 
 def _after(x: Float[Array, "B T N H"]) -> Bool[Array, " B"]:

@@ -151,7 +151,9 @@ def add_common_options(parser: argparse.ArgumentParser, *, default_data: str) ->
         action="append",
         type=parse_policy,
         help="NAME or NAME:key=value,key=value; repeat it to compare several, one prefill serves "
-        f"them all (default: {', '.join(DEFAULT_POLICIES)})",
+        "them all; options of the cache stand there too: budget, layers=pyramid, heads=adakv or "
+        "shared, decode_budget, evict_every, rope=slot, storage=int8 "
+        f"(default: {', '.join(DEFAULT_POLICIES)})",
     )
     how.add_argument(
         "--budget",

@@ -26,7 +26,6 @@ from restkv_jax.decode import (
     MeshRules,
     RestKV,
     SharedBudget,
-    SnapKV,
     compress,
     decode_chunk,
     extend,
