@@ -270,16 +270,13 @@ SHARES = [AdaKV(), SharedBudget(), FrozenHeads(slots=((9, 12, 15, 12),) * 2)]
 
 
 def test_budgets_by_head_on_a_mesh_that_splits_the_batch():
-    plan = dataclasses.replace(PLANS["snapkv"], heads=SharedBudget(), headroom=STEPS)
+    plan = dataclasses.replace(PLANS["knorm"], heads=SharedBudget(), headroom=STEPS)
     results = []
     for mesh in (None, (8, 1)):
         model = on(mesh, network())
-        logits, (cache,) = compiled(prefill, model, TOKENS, VALID, plans=(plan,))(
-            model, TOKENS, VALID
-        )
-        tokens, state = decoded(model, *decode_program(model, logits, cache))
-        kept = [(state.cache.kept_positions(i), state.cache.owners(i)) for i in range(2)]
-        results.append((tokens, kept))
+        program = compiled(prefill, model, TOKENS, VALID, plans=(plan,))
+        _, (cache,) = program(model, TOKENS, VALID)
+        results.append([(cache.kept_positions(i), cache.owners(i)) for i in range(2)])
     for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
