@@ -138,6 +138,8 @@ def init_cache(
     kinds, sizes = [], []
     for layer, spec in enumerate(specs):
         own = plan.for_layer(spec, prompt_columns)
+        if own.heads is not None:
+            own.heads.require_all_heads(spec)
         heads = own.policy.cache_heads(spec.num_heads, spec.num_kv_heads)
         kinds.append(
             _Kind(

@@ -19,6 +19,8 @@ from restkv_jax.plan import CachePlan
 from restkv_jax.protocols import CausalLM, LayerSpec, Projection
 from restkv_jax.rerotation import rerotate
 
+_State = tuple[Int[Array, " B"], Int[Array, "B T"], tuple[KVCache, ...]]
+
 
 def align_right(
     tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]
@@ -80,8 +82,9 @@ def prefill(
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         w_o: Float[Array, "N H D"] | Projection,
-        caches: tuple[KVCache, ...],
-    ) -> tuple[Float[Array, "B T N H"], tuple[KVCache, ...]]:
+        state: _State,
+    ) -> tuple[Float[Array, "B T N H"], _State]:
+        lengths, positions, caches = state
         static = layer if isinstance(layer, int) else 0
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
         out, kept = _attend_and_evict(
@@ -91,7 +94,7 @@ def prefill(
             w_o,
             lengths,
             jnp.asarray(layer, jnp.int32),
-            spec=specs[static],
+            spec=specs[static].share(q.shape[1]),
             plans=plans,
             budgets_of=twins[static],
             num_layers=len(specs),
@@ -100,9 +103,10 @@ def prefill(
             fill_layer(cache, layer, entry, q, positions, specs[static])
             for cache, entry in zip(caches, kept, strict=True)
         )
-        return jnp.swapaxes(out, 1, 2), caches
+        return jnp.swapaxes(out, 1, 2), (lengths, positions, caches)
 
-    hidden, caches = model(tokens, positions, attend, caches)
+    # All that `attend` reads is in its state, which a sharded model splits by rows and heads.
+    hidden, (_, _, caches) = model(tokens, positions, attend, (lengths, positions, caches))
     logits = model.unembed(hidden[:, -1]).astype(jnp.float32)
     return logits, tuple(finish(cache, lengths) for cache in caches)
 
