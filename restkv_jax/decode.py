@@ -10,6 +10,7 @@ With a model that follows the `CausalLM` protocol::
 or `generate` for all of it. `extend` feeds given tokens, such as a question about a compressed
 context, and `score_tokens` scores them; `prefill_chunked` and `prefill_bounded` take the prompt in
 pieces. None of them but `generate` ever talks to the host.
+`save_cache` and `restore_cache` keep a cache, or a generation in its middle, on disk.
 `with_output_factors(model)` spares every prefill the factorisation of the output projections, for
 weights that stay as they are. With the arrays of any model's attention: `layer_inputs`, then
 `score`, `select` or `compress`.
@@ -17,10 +18,12 @@ weights that stay as they are. With the arrays of any model's attention: `layer_
 
 from restkv_jax.allocation import AdaKV, FrozenHeads, HeadAllocation, SharedBudget
 from restkv_jax.cache import KVCache, init_cache
+from restkv_jax.checkpoint import CacheFolderError, RestoredCache, restore_cache, save_cache
 from restkv_jax.compression import CompressedLayer, compress, score, select
 from restkv_jax.decode_loop import DecodeState, decode_chunk, decode_step, init_decode
 from restkv_jax.extend import extend, last_logits, score_tokens
 from restkv_jax.factors import FactoredLM, with_output_factors
+from restkv_jax.fingerprint import weights_fingerprint
 from restkv_jax.generate import (
     Generation,
     bucket_length,
@@ -66,6 +69,7 @@ __all__ = [
     "Ablation",
     "AdaKV",
     "Attend",
+    "CacheFolderError",
     "CachePlan",
     "CausalLM",
     "CompressedLayer",
@@ -89,6 +93,7 @@ __all__ = [
     "Policy",
     "Random",
     "RestKV",
+    "RestoredCache",
     "Sampling",
     "SharedBudget",
     "SnapKV",
@@ -109,10 +114,13 @@ __all__ = [
     "prefill",
     "prefill_bounded",
     "prefill_chunked",
+    "restore_cache",
     "row_keys",
     "sample",
+    "save_cache",
     "score",
     "score_tokens",
     "select",
+    "weights_fingerprint",
     "with_output_factors",
 ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from experiments.core.engine import EvictionEngine, weights_fingerprint
+from experiments.core.engine import EvictionEngine
 from experiments.core.environment import environment, package_version
 from experiments.core.errors import UserError, run_main
 from experiments.core.options import PolicyText, chosen_policies
@@ -22,6 +22,7 @@ from experiments.core.table import print_tables
 from experiments.core.tasks import TaskSet
 from experiments.longbench.cli import build_parser, load_sets
 from experiments.longbench.metrics import score_prediction
+from restkv_jax.decode import weights_fingerprint
 
 _DEFAULT_MODEL = "smollm2-135m-instruct"
 # The chat template's own tokens come on top of a prompt of `--max-length`.
