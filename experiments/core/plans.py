@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 from experiments.core.errors import UserError
@@ -90,6 +91,20 @@ def make_plan(text: PolicyText, budget: Budget, *, headroom: int) -> CachePlan:
         )
     except ValueError as error:
         raise UserError(f"--budget {budget} for --policy {text.label}: {error}") from None
+
+
+def describe_policies(policies: Sequence[PolicyText], budget: Budget) -> dict[str, Any]:
+    """What a configuration has to say of its policies: all options, those of the plan too."""
+    described = {}
+    for text in policies:
+        plan = make_plan(text, budget, headroom=0)
+        described[text.label] = {
+            "name": text.name,
+            **dataclasses.asdict(plan.policy),
+            **{key: value for key, value in text.options if key in PLAN_OPTIONS},
+            "budget": plan.budget,
+        }
+    return described
 
 
 def _read(policy: str, key: str, text: str, kind: Any) -> Any:

@@ -195,8 +195,8 @@ class ResultStore:
         return RowFile(self.folder / "timing" / policy / f"{set_name}.jsonl")
 
 
-def standard_error(values: Sequence[float]) -> float | None:
-    """Standard error of the mean with 2 decimals; None below two values."""
+def standard_error(values: Sequence[float], *, digits: int = 2) -> float | None:
+    """Standard error of the mean, rounded to `digits` decimals; None below two values."""
     if len(values) < 2:
         return None
-    return round(statistics.stdev(values) / math.sqrt(len(values)), 2)
+    return round(statistics.stdev(values) / math.sqrt(len(values)), digits)
