@@ -152,8 +152,10 @@ def _restore(
 ) -> RestoredCache:
     stored = _part(folder, description, "model")
     _expect(folder, "model_id", stored.get("id"), model_id)
-    specs = described.decode(stored.get("layers"))
-    _expect(folder, "model.layer_specs", specs, model.layer_specs)
+    specs = described.decode(stored.get("layers", []))
+    _expect(folder, "layers of the model", len(specs), len(model.layer_specs))
+    for layer, (ours, theirs) in enumerate(zip(specs, model.layer_specs, strict=True)):
+        _expect(folder, f"model.layer_specs[{layer}]", ours, theirs)
     _expect(folder, "the model's weights", stored.get("weights"), weights_fingerprint(model))
     plan = described.decode(_part(folder, description, "plan"))
     node = _part(folder, description, "state")

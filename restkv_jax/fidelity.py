@@ -120,16 +120,17 @@ def measure_fidelity(
         raise ValueError("continuation: expected at least 1 token, got none")
     if oracle_window is not None and oracle_window < 1:
         raise ValueError(f"oracle_window: expected at least 1 query, got {oracle_window}")
+    for index, plan in enumerate(plans):
+        room = plan.headroom if plan.eviction is None else plan.evict_every
+        if room < count and any(spec.window is None for spec in model.layer_specs):
+            raise ValueError(
+                f"plans: plan {index} has room for {room} tokens, the continuation {count}"
+            )
     follows = jnp.ones(continuation.shape, bool)
     if continuation_valid is not None:
         follows = jnp.asarray(continuation_valid)
     full_plan = CachePlan(policy=Full(), headroom=count)
     _, (full, *caches) = prefill(model, tokens, valid, plans=(full_plan, *plans))
-    for index, cache in enumerate(caches):
-        if cache.room is not None and cache.room < count:
-            raise ValueError(
-                f"plans: plan {index} has room for {cache.room} tokens, the continuation {count}"
-            )
     bare = model.model if isinstance(model, FactoredLM) else model
     reference = _reference(bare, full, continuation, follows)
     changes: dict[Granularity, tuple[np.ndarray, ...]] = {}
