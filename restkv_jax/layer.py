@@ -122,16 +122,20 @@ class LayerInputs:
         """Softmax attention of the last `window` queries, causal, padding left out."""
         return self.once(("window_weights", window), lambda: self._window_weights(window))
 
-    def _window_weights(self, window: int) -> Float[Array, "B N W T"]:
+    def window_visible(self, window: int) -> Bool[Array, "B M W T"]:
+        """True where one of the last `window` queries may look."""
         positions = self.positions[:, :, None]
         distance = self.query_positions(window)[:, None, :, None] - positions
         seen = (distance >= 0) & (positions >= 0)
         if self.spec.window is not None:
             seen &= distance < self.spec.window
+        return seen
+
+    def _window_weights(self, window: int) -> Float[Array, "B N W T"]:
         return window_attention(
             self.q[:, :, -window:],
             self.k,
-            seen,
+            self.window_visible(window),
             scale=self.spec.scale,
             softcap=self.spec.softcap,
         )
