@@ -17,6 +17,7 @@ weights that stay as they are. With the arrays of any model's attention: `layer_
 
 from restkv_jax.allocation import AdaKV, FrozenHeads, HeadAllocation, SharedBudget
 from restkv_jax.cache import KVCache, init_cache
+from restkv_jax.calibration import HeadBudgets, calibrate_head_budgets
 from restkv_jax.compression import CompressedLayer, compress, score, select
 from restkv_jax.decode_loop import DecodeState, decode_chunk, decode_step, init_decode
 from restkv_jax.extend import extend, last_logits, score_tokens
@@ -50,6 +51,7 @@ from restkv_jax.policies import (
     RestKV,
     SnapKV,
     Streaming,
+    VNorm,
 )
 from restkv_jax.prefill import align_right, prefill
 from restkv_jax.protocols import Attend, CausalLM, LayerSpec
@@ -79,6 +81,7 @@ __all__ = [
     "Full",
     "Generation",
     "HeadAllocation",
+    "HeadBudgets",
     "KVCache",
     "KeyDiff",
     "Knorm",
@@ -93,8 +96,10 @@ __all__ = [
     "SharedBudget",
     "SnapKV",
     "Streaming",
+    "VNorm",
     "align_right",
     "bucket_length",
+    "calibrate_head_budgets",
     "compress",
     "continue_from",
     "decode_chunk",
