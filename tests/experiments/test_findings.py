@@ -33,7 +33,9 @@ LENGTH = 400
 
 def encode(text: str) -> list[int]:
     """A token a word or mark, with the space before it."""
-    return [zlib.crc32(word.encode()) % 10_007 for word in re.findall(r"\s*\w+|\s*[^\w\s]|\s+$", text)]
+    return [
+        zlib.crc32(word.encode()) % 10_007 for word in re.findall(r"\s*\w+|\s*[^\w\s]|\s+$", text)
+    ]
 
 
 @pytest.mark.parametrize("task", samples.TASKS)
