@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Int
 
-from pallas_kernels.quantized import quantize
+from pallas_kernels.quantized import QuantArray
 from restkv_jax.plan import CachePlan, DecodeEviction
 from restkv_jax.protocols import LayerSpec
 from restkv_jax.slots import LayerStack
@@ -26,12 +26,14 @@ class KVCache:
             whatever was evicted.
         rows: static; for each layer its stack and its row in the stack.
         eviction: static; what happens when the cache is full, None if it must not get full.
+        by_slot: static; rotary positions are the numbers of the slots, see `CachePlan.rope`.
     """
 
     stacks: tuple[LayerStack, ...]
     next_position: Int[Array, " B"]
     rows: tuple[tuple[int, int], ...] = dataclasses.field(metadata={"static": True})
     eviction: DecodeEviction | None = dataclasses.field(default=None, metadata={"static": True})
+    by_slot: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def kv_bytes(self) -> int:
@@ -131,9 +133,13 @@ def init_cache(
     if accumulates is None:
         accumulates = plan.eviction is not None and plan.policy.accumulates
     carries = accumulates or (plan.eviction is not None and plan.policy.carries)
+    if plan.rope == "slot":
+        _check_slots(specs)
     kinds, sizes = [], []
     for layer, spec in enumerate(specs):
         own = plan.for_layer(spec, prompt_columns)
+        if own.heads is not None:
+            own.heads.require_all_heads(spec)
         heads = own.policy.cache_heads(spec.num_heads, spec.num_kv_heads)
         kinds.append(
             _Kind(
@@ -156,13 +162,12 @@ def init_cache(
         own_sizes = tuple(size for size, k in zip(sizes, kinds, strict=True) if k == kind)
         lists, total = 1 if kind.shared else kind.heads, sum(own_sizes)
         shape = (batch, lists, total, kind.head_dim)
-        k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
         remember = query_rows and not kind.ring
         queries = (len(own_sizes), batch, kind.num_heads, query_rows + 1, kind.head_dim)
         stacks.append(
             LayerStack(
-                k=quantize(k) if plan.storage == "int8" else k,
-                v=quantize(v) if plan.storage == "int8" else v,
+                k=_empty(shape, dtype, plan),
+                v=_empty(shape, dtype, plan),
                 positions=jnp.full((batch, lists, total), -1, jnp.int32),
                 used=jnp.zeros((len(own_sizes), batch), jnp.int32),
                 sizes=own_sizes,
@@ -183,7 +188,23 @@ def init_cache(
         next_position=jnp.zeros(batch, jnp.int32),
         rows=tuple(rows),
         eviction=plan.eviction,
+        by_slot=plan.rope == "slot",
     )
+
+
+def _empty(shape: tuple[int, ...], dtype: DTypeLike, plan: CachePlan) -> Array | QuantArray:
+    if plan.storage == "int8":
+        return QuantArray(values=jnp.zeros(shape, jnp.int8), scale=jnp.zeros(shape[:-1]))
+    return jnp.zeros(shape, dtype)
+
+
+def _check_slots(specs: tuple[LayerSpec, ...]) -> None:
+    for layer, spec in enumerate(specs):
+        if spec.rotary is None or spec.window is not None:
+            raise ValueError(
+                "rope: positions by slot need the rotary frequencies of every layer and no "
+                f"sliding window, layer {layer} is {spec}"
+            )
 
 
 def _bytes(x: Array) -> int:

@@ -11,7 +11,8 @@ or `generate` for all of it. `extend` feeds given tokens, such as a question abo
 context, and `score_tokens` scores them; `prefill_chunked` and `prefill_bounded` take the prompt in
 pieces. None of them but `generate` ever talks to the host.
 `with_output_factors(model)` spares every prefill the factorisation of the output projections, for
-weights that stay as they are. With the arrays of any model's attention: `layer_inputs`, then
+weights that stay as they are. `shard(model, MeshRules.over(data=2, model=4))` runs all of it on
+several devices. With the arrays of any model's attention: `layer_inputs`, then
 `score`, `select` or `compress`.
 """
 
@@ -56,6 +57,7 @@ from restkv_jax.policies import (
 from restkv_jax.prefill import align_right, prefill
 from restkv_jax.protocols import Attend, CausalLM, LayerSpec
 from restkv_jax.sampling import GREEDY, Sampling, row_keys, sample
+from restkv_jax.sharding import MeshRules, ShardedLM, shard
 from restkv_jax.slots import LayerStack
 
 __all__ = [
@@ -89,10 +91,12 @@ __all__ = [
     "LayerInputs",
     "LayerSpec",
     "LayerStack",
+    "MeshRules",
     "Policy",
     "Random",
     "RestKV",
     "Sampling",
+    "ShardedLM",
     "SharedBudget",
     "SnapKV",
     "Streaming",
@@ -119,5 +123,6 @@ __all__ = [
     "score",
     "score_tokens",
     "select",
+    "shard",
     "with_output_factors",
 ]

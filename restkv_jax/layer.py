@@ -117,6 +117,18 @@ class LayerInputs:
         """Repeats an array [B, M, ...] for the query heads of each group; M = 1 stays as it is."""
         return x if x.shape[1] == 1 else jnp.repeat(x, self.spec.group_size, axis=1)
 
+    def mean_over_heads(self, x: Float[Array, "B M *E"]) -> Float[Array, "B 1 *E"]:
+        """Mean over all heads of the layer; of heads on several devices by one all-reduce."""
+        mean = jnp.mean(x, axis=1, keepdims=True)
+        axis = self.spec.head_axis
+        return mean if axis is None else jax.lax.pmean(mean, axis)
+
+    @property
+    def first_kv_head(self) -> int | Int[Array, ""]:
+        """Index in the layer of the first of these key/value heads: 0 unless they are a share."""
+        axis = self.spec.head_axis
+        return 0 if axis is None else jax.lax.axis_index(axis) * self.k.shape[1]
+
     def distance_factor(self, *, project: bool) -> Float[Array, "N H R"]:
         """What differences of values are multiplied by before their norm: W_O's factor, or I."""
         if project:

@@ -17,6 +17,9 @@ from restkv_jax.compression import CompressedLayer, compress
 from restkv_jax.layer import LayerInputs, Probe
 from restkv_jax.plan import CachePlan
 from restkv_jax.protocols import CausalLM, LayerSpec, Projection
+from restkv_jax.rerotation import rerotate
+
+_State = tuple[Int[Array, " B"], Int[Array, "B T"], tuple[KVCache, ...]]
 
 
 def align_right(
@@ -88,8 +91,9 @@ def prefill(
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         w_o: Float[Array, "N H D"] | Projection,
-        caches: tuple[KVCache, ...],
-    ) -> tuple[Float[Array, "B T N H"], tuple[KVCache, ...]]:
+        state: _State,
+    ) -> tuple[Float[Array, "B T N H"], _State]:
+        lengths, positions, caches = state
         static = layer if isinstance(layer, int) else 0
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
         out, kept = _attend_and_evict(
@@ -99,22 +103,34 @@ def prefill(
             w_o,
             lengths,
             jnp.asarray(layer, jnp.int32),
-            spec=specs[static],
+            spec=specs[static].share(q.shape[1]),
             plans=plans,
             budgets_of=twins[static],
             num_layers=len(specs),
             probe=probe,
         )
+        q, positions_kept = q[:, :, :kept_columns], positions[:, :kept_columns]
         caches = tuple(
-            fill_layer(cache, layer, entry, q[:, :, :kept_columns], positions[:, :kept_columns])
+            fill_layer(cache, layer, entry, q, positions_kept, specs[static])
             for cache, entry in zip(caches, kept, strict=True)
         )
-        return jnp.swapaxes(out, 1, 2), caches
+        return jnp.swapaxes(out, 1, 2), (lengths, positions, caches)
 
-    hidden, caches = model(tokens, positions, attend, caches)
+    # All that `attend` reads is in its state, which a sharded model splits by rows and heads.
+    hidden, (_, _, caches) = model(tokens, positions, attend, (lengths, positions, caches))
     logits = model.unembed(hidden[:, kept_columns - 1]).astype(jnp.float32)
-    end = lengths - probe
-    return logits, tuple(dataclasses.replace(cache, next_position=end) for cache in caches)
+    return logits, tuple(finish(cache, lengths - probe) for cache in caches)
+
+
+def finish(cache: KVCache, lengths: Int[Array, " B"]) -> KVCache:
+    """The cache of a prompt that all layers have filled."""
+    cache = dataclasses.replace(cache, next_position=lengths)
+    if not cache.by_slot:
+        return cache
+    # A new token has one rotary position in all layers: they go on at the same slot.
+    (stack,) = cache.stacks
+    used = jnp.broadcast_to(jnp.max(stack.used, axis=0), stack.used.shape)
+    return cache.with_stack(0, dataclasses.replace(stack, used=used))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "plans", "budgets_of", "num_layers", "probe"))
@@ -202,9 +218,14 @@ def fill_layer(
     kept: CompressedLayer,
     q: Float[Array, "B N T H"],
     positions: Int[Array, "B T"],
+    spec: LayerSpec,
 ) -> KVCache:
     """Puts what one layer keeps into a cache, and its last queries if the cache remembers any."""
     index, row = cache.place(layer)
+    if cache.by_slot:
+        assert spec.rotary is not None
+        shift = jnp.arange(kept.positions.shape[-1]) - jnp.maximum(kept.positions, 0)
+        kept = dataclasses.replace(kept, k=rerotate(kept.k, shift, spec.rotary))
     stack = cache.stacks[index].fill(row, kept)
     if stack.queries is not None:
         last = min(stack.queries.shape[3], q.shape[2])

@@ -26,6 +26,9 @@ class LayerSpec:
         scale: factor on q·k before the softmax.
         softcap: c of `c * tanh(logits / c)`, or None.
         window: sliding window, the query itself counted; None sees everything before it.
+        rotary: angle per position of each rotated pair (i, i + H/2) of queries and keys. Only
+            plans that count positions by slot need it.
+        head_axis: mesh axis that the heads are split over, None if every device has them all.
     """
 
     num_heads: int
@@ -34,11 +37,18 @@ class LayerSpec:
     scale: float
     softcap: float | None = None
     window: int | None = None
+    rotary: tuple[float, ...] | None = None
+    head_axis: str | None = None
 
     @property
     def group_size(self) -> int:
         """G, the query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
+
+    def share(self, num_heads: int) -> LayerSpec:
+        """The layer as a device sees it that holds `num_heads` of its query heads."""
+        kv_heads = num_heads // self.group_size
+        return dataclasses.replace(self, num_heads=num_heads, num_kv_heads=kv_heads)
 
 
 @jax.tree_util.register_dataclass

@@ -40,12 +40,23 @@ def build_parser() -> Parser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_common_options(parser, default_data="offline")
+    add_common_options(
+        parser,
+        default_data="offline",
+        data_help="a folder of official files, 'hub', or 'offline'",
+    )
     group = parser.add_argument_group("LongBench")
     group.add_argument(
         "--sets",
         metavar="A,B",
         help="sets to ask, separated by commas (default: all that the data holds)",
+    )
+    group.add_argument(
+        "--max-length",
+        metavar="T",
+        type=count_of("--max-length", 16),
+        help="longest prompt in tokens, longer ones lose their middle (default: what the model "
+        "holds)",
     )
     group.add_argument(
         "--protocol",
