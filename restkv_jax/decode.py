@@ -20,6 +20,7 @@ several devices. With the arrays of any model's attention: `layer_inputs`, then
 
 from restkv_jax.allocation import AdaKV, FrozenHeads, HeadAllocation, SharedBudget
 from restkv_jax.cache import KVCache, init_cache
+from restkv_jax.calibration import HeadBudgets, calibrate_head_budgets
 from restkv_jax.checkpoint import CacheFolderError, RestoredCache, restore_cache, save_cache
 from restkv_jax.compression import CompressedLayer, compress, score, select
 from restkv_jax.decode_loop import DecodeState, decode_chunk, decode_step, init_decode
@@ -57,6 +58,7 @@ from restkv_jax.policies import (
     RestKV,
     SnapKV,
     Streaming,
+    VNorm,
 )
 from restkv_jax.prefill import align_right, prefill
 from restkv_jax.protocols import Attend, CausalLM, LayerSpec, StagedLM
@@ -89,6 +91,7 @@ __all__ = [
     "Full",
     "Generation",
     "HeadAllocation",
+    "HeadBudgets",
     "KVCache",
     "KeyDiff",
     "Knorm",
@@ -107,8 +110,10 @@ __all__ = [
     "SnapKV",
     "StagedLM",
     "Streaming",
+    "VNorm",
     "align_right",
     "bucket_length",
+    "calibrate_head_budgets",
     "compress",
     "continue_from",
     "decode_chunk",

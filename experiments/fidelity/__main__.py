@@ -25,7 +25,7 @@ from experiments.core.table import print_tables
 from experiments.core.tasks import TaskSet
 from experiments.fidelity.cli import build_parser
 from experiments.fidelity.report import write_report
-from experiments.longbench.cli import TEMPLATE_ROOM, load_sets, prompting_of
+from experiments.longbench.cli import TEMPLATE_ROOM, load_sets, max_length_of, prompting_of
 from models import LanguageModel
 from restkv_jax.decode import (
     CachePlan,
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_fit(
         language_model.model,
         plans,
-        bucket_length(prompting.max_length + TEMPLATE_ROOM),
+        bucket_length(max_length_of(args, language_model) + TEMPLATE_ROOM),
         language_model.weights_bytes,
     )
     readable = f"fidelity-{Path(language_model.name).name}-{args.budget}"

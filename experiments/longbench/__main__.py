@@ -14,7 +14,13 @@ from experiments.core.program import (
     run_benchmark,
 )
 from experiments.core.uncertainty import Average
-from experiments.longbench.cli import TEMPLATE_ROOM, build_parser, load_sets, prompting_of
+from experiments.longbench.cli import (
+    TEMPLATE_ROOM,
+    build_parser,
+    load_sets,
+    max_length_of,
+    prompting_of,
+)
 from experiments.longbench.metrics import score_prediction
 
 _OFFLINE_NOTES = (
@@ -43,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sets=sets,
         averages=[Average("mean of sets", names)] if len(names) > 1 else [],
         prompting=prompting,
-        longest_prompt=prompting.max_length + TEMPLATE_ROOM,
+        longest_prompt=max_length_of(args, language_model) + TEMPLATE_ROOM,
         score=score_prediction,
         settings={
             "data": args.data if args.data in ("offline", "hub") else "folder",

@@ -107,7 +107,7 @@ def prompting_of(args: argparse.Namespace, language_model: LanguageModel) -> Pro
     """
     return Prompting(
         protocol=args.protocol,
-        max_length=_max_length(args, language_model.config.max_length),
+        max_length=max_length_of(args, language_model),
         eos_ids=language_model.eos_ids,
         turn_end_ids=language_model.turn_end_ids,
         inst_style="llama-2" in language_model.name.lower(),
@@ -174,8 +174,13 @@ def _with_prompts(specs: Sequence[SetSpec], prompts: str) -> list[SetSpec]:
     return [official[spec.name] for spec in specs]
 
 
-def _max_length(args: argparse.Namespace, context: int | None) -> int:
-    """Longest prompt: what is asked for, else what the model holds beside an answer."""
+def max_length_of(args: argparse.Namespace, language_model: LanguageModel) -> int:
+    """Longest prompt: what is asked for, else what the model holds beside an answer.
+
+    Raises:
+        UserError: the model does not hold `--max-length` tokens.
+    """
+    context = language_model.config.max_length
     if args.max_length is not None:
         if context is not None and args.max_length > context:
             raise UserError(f"--max-length {args.max_length}: the model holds {context} tokens")

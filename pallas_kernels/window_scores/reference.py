@@ -136,10 +136,11 @@ def per_query_reconstruction(
     weights: Float[Array, "B N W T"],
     v: Float[Array, "B K T H"],
     factor: Float[Array, "N H R"],
-    row_weights: Float[Array, " W"],
+    row_weights: Float[Array, " W"] | None,
     *,
     relative: bool = False,
     power: float = 1.0,
+    past: int | None = None,
 ) -> Float[Array, "B N P"]:
     """Odds times distance of every query, then averaged over the window (Eq. 7 of the paper).
 
@@ -150,15 +151,17 @@ def per_query_reconstruction(
         weights: A_t.
         v: values.
         factor: see `output_factor`.
-        row_weights: weight of each query in the average.
+        row_weights: weight of each query in the average; None takes the maximum over them.
         relative: divide I_t by ‖o_t W_O‖.
         power: p.
+        past: P, how many of the first keys are scored; those before the window by default.
 
     Returns:
-        I of the T - W past keys, finite for any weights.
+        I of the P past keys, finite for any weights.
     """
     group = weights.shape[1] // v.shape[1]
-    past = weights.shape[-1] - weights.shape[-2]
+    if past is None:
+        past = weights.shape[-1] - weights.shape[-2]
 
     def head(args: tuple[Array, Array, Array]) -> Array:
         a, r, kv_head = args  # [B, W, T], [H, R], []
@@ -173,7 +176,10 @@ def per_query_reconstruction(
         error = jnp.where(dominant, exact, error)
         if relative:
             error /= jnp.maximum(jnp.linalg.norm(output, axis=-1, keepdims=True), _TINY)
-        return jnp.einsum("bwt,w->bt", error**power, row_weights)[:, :past]
+        error = error[..., :past] ** power
+        if row_weights is None:
+            return jnp.max(error, axis=1)
+        return jnp.einsum("bwt,w->bt", error, row_weights)
 
     kv_heads = jnp.arange(weights.shape[1]) // group
     scores = jax.lax.map(head, (jnp.moveaxis(weights, 1, 0), factor, kv_heads))

@@ -28,4 +28,4 @@ class TOVA(TokenPolicy):
 
     def token_scores(self, layer: LayerInputs) -> Float[Array, "B 1 T"]:
         """mean_h A_h[last query]."""
-        return layer.mean_over_heads(layer.window_weights(1)[:, :, 0])
+        return layer.mean_over_heads(layer.window_weights(1)[:, :, 0, : layer.columns])
