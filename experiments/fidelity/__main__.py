@@ -25,7 +25,7 @@ from experiments.core.table import print_tables
 from experiments.core.tasks import TaskSet
 from experiments.fidelity.cli import build_parser
 from experiments.fidelity.report import write_report
-from experiments.longbench.cli import TEMPLATE_ROOM, load_sets, max_length_of, prompting_of
+from experiments.longbench.cli import TEMPLATE_ROOM, load_sets, longest_text, prompting_of
 from models import LanguageModel
 from restkv_jax.decode import (
     CachePlan,
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.no_plots:
         require_matplotlib()
     language_model = load_model(args)
-    prompting = prompting_of(args, language_model)
+    max_length = longest_text(args, language_model.config.max_length)
+    prompting = prompting_of(args, language_model, max_length)
     encode = language_model.tokenizer.encode
     sets, _ = load_sets(args, lambda text: len(encode(text)))
     config = _config(args, language_model, policies, sets, prompting)
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_fit(
         language_model.model,
         plans,
-        bucket_length(max_length_of(args, language_model) + TEMPLATE_ROOM),
+        bucket_length(max_length + TEMPLATE_ROOM),
         language_model.weights_bytes,
     )
     readable = f"fidelity-{Path(language_model.name).name}-{args.budget}"

@@ -18,7 +18,7 @@ from experiments.longbench.cli import (
     TEMPLATE_ROOM,
     build_parser,
     load_sets,
-    max_length_of,
+    longest_text,
     prompting_of,
 )
 from experiments.longbench.metrics import score_prediction
@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     policies = read_policies(args)  # cheap complaints first: before anything is downloaded
     language_model = load_model(args)
-    prompting = prompting_of(args, language_model)
+    max_length = longest_text(args, language_model.config.max_length)
+    prompting = prompting_of(args, language_model, max_length)
     tokenizer = language_model.tokenizer
     sets, title = load_sets(args, lambda text: len(tokenizer.encode(text)))
     announce(language_model, sets, _OFFLINE_NOTES if args.data == "offline" else ())
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sets=sets,
         averages=[Average("mean of sets", names)] if len(names) > 1 else [],
         prompting=prompting,
-        longest_prompt=max_length_of(args, language_model) + TEMPLATE_ROOM,
+        longest_prompt=max_length + TEMPLATE_ROOM,
         score=score_prediction,
         settings={
             "data": args.data if args.data in ("offline", "hub") else "folder",

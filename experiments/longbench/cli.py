@@ -99,15 +99,13 @@ def add_set_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def prompting_of(args: argparse.Namespace, language_model: LanguageModel) -> Prompting:
-    """How rows become prompts, as long as `--max-length` or the model allows.
-
-    Raises:
-        UserError: the model does not hold `--max-length` tokens.
-    """
+def prompting_of(
+    args: argparse.Namespace, language_model: LanguageModel, max_length: int
+) -> Prompting:
+    """How rows become prompts of at most `max_length` tokens, see `longest_text`."""
     return Prompting(
         protocol=args.protocol,
-        max_length=max_length_of(args, language_model),
+        max_length=max_length,
         eos_ids=language_model.eos_ids,
         turn_end_ids=language_model.turn_end_ids,
         inst_style="llama-2" in language_model.name.lower(),
@@ -174,13 +172,8 @@ def _with_prompts(specs: Sequence[SetSpec], prompts: str) -> list[SetSpec]:
     return [official[spec.name] for spec in specs]
 
 
-def max_length_of(args: argparse.Namespace, language_model: LanguageModel) -> int:
-    """Longest prompt: what is asked for, else what the model holds beside an answer.
-
-    Raises:
-        UserError: the model does not hold `--max-length` tokens.
-    """
-    context = language_model.config.max_length
+def longest_text(args: argparse.Namespace, context: int | None) -> int:
+    """Longest prompt: what is asked for, else what the model holds beside an answer."""
     if args.max_length is not None:
         if context is not None and args.max_length > context:
             raise UserError(f"--max-length {args.max_length}: the model holds {context} tokens")
