@@ -82,7 +82,8 @@ def measure(
     scores = importances(model, tokens, policies=tuple(POLICIES[name] for name in names))
     ranks = {name: ranks_of(x) for name, x in zip(names, scores, strict=True)}
 
-    labels, masks = [("full", "uniform", 0)], [np.ones(ranks[names[0]].shape, bool)]
+    labels = [("full", "uniform", 0)]
+    masks: list[np.ndarray] = [np.ones(ranks[names[0]].shape, bool)]
     for name, spread in pairs:
         importance = scores[names.index(name)]
         for budget in budgets:
