@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments.core.errors import UserError
 from experiments.core.options import Parser, add_common_options, count_of
@@ -13,7 +14,9 @@ from experiments.core.tasks import SetSpec, TaskSet
 from experiments.longbench.data import load_folder, load_hub
 from experiments.longbench.offline import OFFLINE_SETS, build_suite
 from experiments.longbench.sets import LONGBENCH_SETS, official_prompts
-from models import LanguageModel
+
+if TYPE_CHECKING:  # options are read, and complained of, before JAX is imported
+    from models import LanguageModel
 
 # The chat template's own tokens come on top of a prompt of `--max-length`.
 TEMPLATE_ROOM = 256
