@@ -109,6 +109,11 @@ class ModelConfig:
                 scale=scalar**-0.5,
                 softcap=self.attn_softcap,
                 window=window,
+                rotary=tuple(
+                    (self.rope if window is None else self.local_rope or self.rope)
+                    .frequencies(self.head_dim)
+                    .tolist()
+                ),
             )
             for window in self.windows
         )

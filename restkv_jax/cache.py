@@ -26,12 +26,14 @@ class KVCache:
             whatever was evicted.
         rows: static; for each layer its stack and its row in the stack.
         eviction: static; what happens when the cache is full, None if it must not get full.
+        by_slot: static; rotary positions are the numbers of the slots, see `CachePlan.rope`.
     """
 
     stacks: tuple[LayerStack, ...]
     next_position: Int[Array, " B"]
     rows: tuple[tuple[int, int], ...] = dataclasses.field(metadata={"static": True})
     eviction: DecodeEviction | None = dataclasses.field(default=None, metadata={"static": True})
+    by_slot: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def kv_bytes(self) -> int:
@@ -131,6 +133,8 @@ def init_cache(
     if accumulates is None:
         accumulates = plan.eviction is not None and plan.policy.accumulates
     carries = accumulates or (plan.eviction is not None and plan.policy.carries)
+    if plan.rope == "slot":
+        _check_slots(specs)
     kinds, sizes = [], []
     for layer, spec in enumerate(specs):
         own = plan.for_layer(spec, prompt_columns)
@@ -183,7 +187,17 @@ def init_cache(
         next_position=jnp.zeros(batch, jnp.int32),
         rows=tuple(rows),
         eviction=plan.eviction,
+        by_slot=plan.rope == "slot",
     )
+
+
+def _check_slots(specs: tuple[LayerSpec, ...]) -> None:
+    for layer, spec in enumerate(specs):
+        if spec.rotary is None or spec.window is not None:
+            raise ValueError(
+                "rope: positions by slot need the rotary frequencies of every layer and no "
+                f"sliding window, layer {layer} is {spec}"
+            )
 
 
 def _bytes(x: Array) -> int:

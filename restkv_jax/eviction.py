@@ -16,6 +16,7 @@ from restkv_jax.compression import compact_carried, select
 from restkv_jax.layer import LayerInputs
 from restkv_jax.plan import DecodeEviction
 from restkv_jax.protocols import LayerSpec, Projection
+from restkv_jax.rerotation import rerotate
 from restkv_jax.slots import LayerSlots, LayerStack
 
 
@@ -30,6 +31,7 @@ def evict_rows(
     spec: LayerSpec,
     layer: int | Array,
     num_layers: int,
+    by_slot: bool = False,
 ) -> LayerStack:
     """Brings one layer down to the budget in those rows of the batch that are full.
 
@@ -47,6 +49,7 @@ def evict_rows(
         spec: of the layer.
         layer: index of the layer.
         num_layers: layers of the model.
+        by_slot: keys are turned to their new slots, see `CachePlan.rope`.
     """
     # The queries of all layers stay out of the loop, which would copy what it only reads.
     q, queries = stack.last_queries(row, position), stack.queries
@@ -58,6 +61,11 @@ def evict_rows(
         inputs, order = cache_inputs(slots, stack.heads, q, position, w_o, spec, layer, num_layers)
         columns = select(eviction.policy, inputs, capacity=min(eviction.budget, stack.size(row)))
         kept = _compacted(slots, columns, order, eviction.policy.carry(inputs), inputs)
+        if by_slot:
+            assert spec.rotary is not None
+            assert not isinstance(kept.k, QuantArray)  # refused by the plan
+            shift = jnp.arange(columns.shape[-1]) - compact(order, columns)
+            kept = kept._replace(k=rerotate(kept.k, shift, spec.rotary))
         padding = stack.size(row) - columns.shape[-1]
         held = [
             jnp.where(_like(full, old), _pad(new, padding, fill), old)
@@ -66,7 +74,10 @@ def evict_rows(
             )
         ]
         stack = stack.with_layer(row, jax.tree.unflatten(jax.tree.structure(slots), held))
-        entries = jnp.max(jnp.sum(columns >= 0, axis=-1, dtype=jnp.int32), axis=-1)
+        if by_slot:  # all layers go on at the same slot
+            entries = jnp.full_like(position, columns.shape[-1])
+        else:
+            entries = jnp.max(jnp.sum(columns >= 0, axis=-1, dtype=jnp.int32), axis=-1)
         used = stack.used.at[row].set(jnp.where(full, entries, stack.used[row]))
         return jnp.zeros((), bool), dataclasses.replace(stack, used=used)
 

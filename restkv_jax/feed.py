@@ -74,6 +74,7 @@ def feed(
                 spec=spec,
                 layer=layer,
                 num_layers=len(specs),
+                by_slot=cache.by_slot,
             )
 
         evicts = cache.eviction if spec.window is None else None
@@ -98,8 +99,20 @@ def feed(
             stack = evicted((stack.used[row] > evicts.budget) & _after(out), start + count)
         return out, cache.with_stack(index, stack)
 
-    hidden, cache = model(tokens, positions, attend, cache)
+    rotary = positions if not cache.by_slot else _by_slot(cache, count, rank, valid)
+    hidden, cache = model(tokens, rotary, attend, cache)
     return hidden, dataclasses.replace(cache, next_position=start + count)
+
+
+def _by_slot(
+    cache: KVCache, count: Int[Array, " B"], rank: Int[Array, "B T"], valid: Bool[Array, "B T"]
+) -> Int[Array, "B T"]:
+    """The slots that new tokens will be written to, which are those of all layers alike."""
+    (stack,) = cache.stacks
+    used = stack.used[0]
+    if cache.eviction is not None:
+        used = jnp.where(used + count > stack.size(0), cache.eviction.budget, used)
+    return jnp.where(valid, used[:, None] + rank, -1)
 
 
 def _after(x: Float[Array, "B T N H"]) -> Bool[Array, " B"]:

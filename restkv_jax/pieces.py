@@ -18,7 +18,7 @@ from restkv_jax.feed import feed
 from restkv_jax.plan import CachePlan
 from restkv_jax.policies import Full
 from restkv_jax.policies.base import ALL_QUERIES
-from restkv_jax.prefill import align_right, fill_layer
+from restkv_jax.prefill import align_right, fill_layer, finish
 from restkv_jax.protocols import CausalLM, Projection, State
 
 
@@ -97,12 +97,13 @@ def prefill_chunked(
                 heads=own.heads,
                 budgets_of=static,
             )
-            filled.append(fill_layer(into, layer, kept, last, positions))
+            filled.append(fill_layer(into, layer, kept, last, positions, specs[static]))
         return q, tuple(filled)
 
     caches = _end_of_layers(model, keep, caches)
-    caches = tuple(dataclasses.replace(cache, next_position=lengths) for cache in caches)
-    return model.unembed(hidden).astype(jnp.float32), caches
+    return model.unembed(hidden).astype(jnp.float32), tuple(
+        finish(cache, lengths) for cache in caches
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "piece"))

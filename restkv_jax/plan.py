@@ -56,6 +56,9 @@ class CachePlan:
         decode_budget: evict while decoding, however long it runs: whenever `evict_every` tokens
             have filled the slots behind it, each head goes down to this budget again.
         evict_every: slots for new tokens between two evictions.
+        rope: "true" leaves every key at the position of its token; "slot" turns it to the number
+            of its slot, and new tokens follow the slots, so that no position exceeds the cache's
+            size (as in LaCache and StreamingLLM). For policies that look at no queries.
         storage: "model" keeps K/V in the model's dtype, "int8" as 8-bit integers with a float32
             scale for each head's entry.
     """
@@ -67,6 +70,7 @@ class CachePlan:
     headroom: int = 128
     decode_budget: int | None = None
     evict_every: int = 64
+    rope: Literal["true", "slot"] = "true"
     storage: Literal["model", "int8"] = "model"
 
     def __post_init__(self) -> None:
@@ -82,6 +86,7 @@ class CachePlan:
         if self.storage not in ("model", "int8"):
             raise ValueError(f"storage: expected model or int8, got {self.storage!r}")
         self._check_decoding()
+        self._check_rope()
         if isinstance(self.heads, FrozenHeads) and (
             isinstance(self.budget, tuple | float) or self.layers != "uniform"
         ):
@@ -117,6 +122,19 @@ class CachePlan:
         budgets.check_budget(self.decode_budget, window=self.policy.protected)
         if self.evict_every < 1:
             raise ValueError(f"evict_every: expected at least 1 token, got {self.evict_every}")
+
+    def _check_rope(self) -> None:
+        if self.rope not in ("true", "slot"):
+            raise ValueError(f"rope: expected true or slot, got {self.rope!r}")
+        if self.rope == "true":
+            return
+        if self.policy.query_rows > 0 or self.heads is not None or self.layers != "uniform":
+            raise ValueError(
+                f"rope: positions by slot are for policies that look at no queries, with equal "
+                f"budgets of all layers and heads; got {self.policy.name!r}"
+            )
+        if isinstance(self.budget, tuple) or self.storage != "model":
+            raise ValueError("rope: positions by slot need one budget, and K/V as they are")
 
     @property
     def eviction(self) -> DecodeEviction | None:

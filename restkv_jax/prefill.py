@@ -17,6 +17,7 @@ from restkv_jax.compression import CompressedLayer, compress
 from restkv_jax.layer import LayerInputs
 from restkv_jax.plan import CachePlan
 from restkv_jax.protocols import CausalLM, LayerSpec, Projection
+from restkv_jax.rerotation import rerotate
 
 
 def align_right(
@@ -96,14 +97,25 @@ def prefill(
             num_layers=len(specs),
         )
         caches = tuple(
-            fill_layer(cache, layer, entry, q, positions)
+            fill_layer(cache, layer, entry, q, positions, specs[static])
             for cache, entry in zip(caches, kept, strict=True)
         )
         return jnp.swapaxes(out, 1, 2), caches
 
     hidden, caches = model(tokens, positions, attend, caches)
     logits = model.unembed(hidden[:, -1]).astype(jnp.float32)
-    return logits, tuple(dataclasses.replace(cache, next_position=lengths) for cache in caches)
+    return logits, tuple(finish(cache, lengths) for cache in caches)
+
+
+def finish(cache: KVCache, lengths: Int[Array, " B"]) -> KVCache:
+    """The cache of a prompt that all layers have filled."""
+    cache = dataclasses.replace(cache, next_position=lengths)
+    if not cache.by_slot:
+        return cache
+    # A new token has one rotary position in all layers: they go on at the same slot.
+    (stack,) = cache.stacks
+    used = jnp.broadcast_to(jnp.max(stack.used, axis=0), stack.used.shape)
+    return cache.with_stack(0, dataclasses.replace(stack, used=used))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "plans", "budgets_of", "num_layers"))
@@ -185,9 +197,14 @@ def fill_layer(
     kept: CompressedLayer,
     q: Float[Array, "B N T H"],
     positions: Int[Array, "B T"],
+    spec: LayerSpec,
 ) -> KVCache:
     """Puts what one layer keeps into a cache, and its last queries if the cache remembers any."""
     index, row = cache.place(layer)
+    if cache.by_slot:
+        assert spec.rotary is not None
+        shift = jnp.arange(kept.positions.shape[-1]) - jnp.maximum(kept.positions, 0)
+        kept = dataclasses.replace(kept, k=rerotate(kept.k, shift, spec.rotary))
     stack = cache.stacks[index].fill(row, kept)
     if stack.queries is not None:
         last = min(stack.queries.shape[3], q.shape[2])

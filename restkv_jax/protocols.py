@@ -26,6 +26,8 @@ class LayerSpec:
         scale: factor on q·k before the softmax.
         softcap: c of `c * tanh(logits / c)`, or None.
         window: sliding window, the query itself counted; None sees everything before it.
+        rotary: angle per position of each rotated pair (i, i + H/2) of queries and keys. Only
+            plans that count positions by slot need it.
     """
 
     num_heads: int
@@ -34,6 +36,7 @@ class LayerSpec:
     scale: float
     softcap: float | None = None
     window: int | None = None
+    rotary: tuple[float, ...] | None = None
 
     @property
     def group_size(self) -> int:

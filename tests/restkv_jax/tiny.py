@@ -10,9 +10,14 @@ import jax.numpy as jnp
 from restkv_jax.decode import LayerSpec
 
 
+def rotary(size: int) -> tuple[float, ...]:
+    half = size // 2
+    return tuple(10_000.0 ** (-i / half) for i in range(half))
+
+
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     half = x.shape[-1] // 2
-    rates = 10_000.0 ** (-jnp.arange(half) / half)
+    rates = jnp.asarray(rotary(x.shape[-1]))
     angle = jnp.maximum(positions, 0)[:, :, None, None] * rates[None, None, None]
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate(
@@ -65,7 +70,14 @@ def make(
         "mlp": normal(layers, width, width, scale=width**-0.5),
         "head": normal(width, vocab, scale=width**-0.5),
     }
-    one = LayerSpec(num_heads=heads, num_kv_heads=kv_heads, head_dim=size, scale=size**-0.5, **spec)
+    one = LayerSpec(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=size,
+        scale=size**-0.5,
+        rotary=rotary(size),
+        **spec,
+    )
     return TinyModel(params, (one,) * layers)
 
 
