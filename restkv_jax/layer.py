@@ -38,6 +38,8 @@ class LayerInputs:
             for a prompt, whose last `lengths` columns are its tokens.
         carried: [B, N, T] what the policy handed on at the last eviction, negative for entries
             that came later. None if this is the first.
+        log_sums: [B, N, Q] log of each query's sum of exp(logits) over a prompt, +inf for padding,
+            if its attention was computed before; else None.
     """
 
     q: Float[Array, "B N Q H"]
@@ -51,6 +53,7 @@ class LayerInputs:
     num_layers: int = dataclasses.field(default=1, metadata={"static": True})
     cached_positions: Int[Array, "B K T"] | None = None
     carried: Float[Array, "B N T"] | None = None
+    log_sums: Float[Array, "B N Q"] | None = None
 
     def __post_init__(self) -> None:
         """Starts the memory of `once`, which is no part of the value."""

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.window_scores import output_factor
-from restkv_jax.attention import causal_attention
 from restkv_jax.cache import KVCache, init_cache
 from restkv_jax.compression import CompressedLayer, compress
 from restkv_jax.layer import LayerInputs
 from restkv_jax.plan import CachePlan
+from restkv_jax.prompt_attention import causal_attention
 from restkv_jax.protocols import CausalLM, LayerSpec, Projection
 from restkv_jax.rerotation import rerotate
 
@@ -151,6 +151,7 @@ def _attend_and_evict(
     def compute(
         q: Array, k: Array, v: Array, w_o: Projection, lengths: Array, index: Array
     ) -> tuple[Array, tuple[CompressedLayer, ...]]:
+        out, log_sums = causal_attention(q, k, v, lengths, spec=spec)
         inputs = LayerInputs(
             q=q[:, :, -queries:],
             k=k,
@@ -161,6 +162,7 @@ def _attend_and_evict(
             w_o=w_o.w_o,
             index=index,
             num_layers=num_layers,
+            log_sums=log_sums[:, :, -queries:],
         )
         kept = tuple(
             compress(
@@ -173,7 +175,7 @@ def _attend_and_evict(
             )
             for plan in plans
         )
-        return causal_attention(q, k, v, lengths, spec=spec), kept
+        return out, kept
 
     compute = jax.jit(compute)  # traced once for both branches
     arrays = (q, k, v, w_o, lengths, index)
