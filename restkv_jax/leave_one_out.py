@@ -16,11 +16,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.window_scores import output_factor, window_logits
-from restkv_jax.attention import causal_attention
 from restkv_jax.cache import KVCache
 from restkv_jax.layer import LayerInputs
 from restkv_jax.policies.base import Granularity
 from restkv_jax.prefill import align_right
+from restkv_jax.prompt_attention import causal_attention
 from restkv_jax.protocols import CausalLM, LayerSpec, Projection
 
 # A softmax over some keys: its peak, the sum of exp(logit - peak), and the same times the values.
@@ -72,7 +72,7 @@ def leave_one_out(
             q=q, k=k, v=v, factor=w_o.factor, w_o=w_o.w_o, lengths=lengths, spec=spec
         )
         sets = spec.num_kv_heads if granularity == "kv_head" else spec.num_heads
-        out = causal_attention(q, k, v, lengths, spec=spec)
+        out, _ = causal_attention(q, k, v, lengths, spec=spec)
         found = (*found, removal_changes(inputs, window=min(window, columns), sets=sets))
         return jnp.swapaxes(out, 1, 2), found
 
