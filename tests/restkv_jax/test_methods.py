@@ -27,8 +27,9 @@ from restkv_jax.policies import (
     Random,
     RestKV,
     SnapKV,
+    VNorm,
 )
-from restkv_jax.policies.h2o import received_attention
+from restkv_jax.prompt_attention import received_attention
 from tests.restkv_jax import oracle
 from tests.restkv_jax.jaxprs import sizes
 
@@ -140,6 +141,15 @@ def robust(q, k, v, w_o):
     return oracle.average_pool(scores, 21)
 
 
+def vnorm(q, k, v, w_o):
+    norms = [np.linalg.norm(v[n // GROUP] @ w_o[n], axis=-1) for n in range(N)]
+    norms = np.stack(norms).reshape(K, GROUP, -1).mean(1)
+    norms[:, :2] = 0.0
+    scores = np.stack([oracle.average_pool(row, 5) for row in norms])
+    scores[:, :2] = scores[:, -3:] = np.inf
+    return scores
+
+
 def snapkv_sinks(q, k, v, w_o):
     scores = window_weights(q, k).sum(0)[:-W]
     scores[:2] = -np.inf
@@ -163,6 +173,7 @@ CASES = [
     (TOVA(), tova),
     (TOVA(recent=1), tova_last),
     (Knorm(), by_kv_head(lambda k, v: -np.linalg.norm(k, axis=-1))),
+    (VNorm(sinks=2, recent=3, kernel=5), vnorm),
     (KeyDiff(), by_kv_head(lambda k, v: oracle.keydiff(k))),
     (ExpectedAttention(**EXPECTED), grouped(by_query_head(expected))),
     (
@@ -271,8 +282,8 @@ def test_h2o_in_blocks_equals_one_product(released):
     q, k, v, w_o = (r.standard_normal(shape).astype(np.float32) for shape in shapes)
     layer = layer_inputs(q, k, v, w_o, lengths=jnp.asarray([valid]))
     causal_from = length - W if released else 0
-    sums = jax.jit(received_attention, static_argnames="causal_from")(
-        layer, causal_from=causal_from
+    sums = received_attention(
+        layer.q, layer.k, layer.lengths, spec=layer.spec, causal_from=causal_from
     )
     for n in range(N):
         rows = q[0, n, -valid:], k[0, n // GROUP, -valid:]
@@ -288,7 +299,7 @@ def test_h2o_never_holds_the_attention_matrix():
     length = 4096
     arrays = (jax.ShapeDtypeStruct((1, heads, length, H), jnp.float32) for heads in (N, K, K))
     shapes = jax.eval_shape(layer_inputs, *arrays, jax.ShapeDtypeStruct((N, H, D), jnp.float32))
-    jaxpr = jax.make_jaxpr(received_attention)(shapes)
+    jaxpr = jax.make_jaxpr(H2O(window=W).carry)(shapes)
     assert max(sizes(jaxpr.jaxpr)) < length * length // 8
 
 
