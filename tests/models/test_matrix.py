@@ -1,6 +1,7 @@
 """Every architecture under every policy: decoding from the evicted cache is masked attention."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +10,14 @@ from model_fixtures import checkpoints
 from programs import quickly
 
 import models
-from models.registry import make_network
+from models.families import FAMILIES
+from models.registry import NETWORKS, make_network
 from models.weights import named_parameters
 from restkv_jax.decode import POLICIES, CachePlan, decode_step, pad_prompts, prefill
 from restkv_jax.policies import PRESETS, LaCache
 from tests.restkv_jax.dense import dense_attend
 
-W, BUDGET, HEADROOM = 8, 16, 8
+W, BUDGET, HEADROOM = 8, 24, 8
 LENGTHS = (50, 37)
 NEW = 4
 LOGITS_MAX = 2e-4
@@ -69,13 +71,53 @@ def shallow(model):
     return make_network(dataclasses.replace(config, num_layers=2, windows=windows), weights)
 
 
-@pytest.fixture(scope="module", params=checkpoints("hf_tiny/*", wants="goldens.npz"))
+SIZES = {
+    "vocab_size": 64,
+    "num_hidden_layers": 2,
+    "hidden_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "sliding_window": 8,
+    "sliding_window_pattern": 2,
+    "tie_word_embeddings": True,
+}
+OWN_SIZES = {
+    "Qwen3ForCausalLM": {"head_dim": 16},
+    "GemmaForCausalLM": {"head_dim": 16, "num_key_value_heads": 1},
+    "Gemma2ForCausalLM": {"head_dim": 16, "attn_logit_softcapping": 2.0},
+    "Gemma3ForCausalLM": {"head_dim": 16},
+}
+
+
+def cases():
+    """The checkpoints, and a random model of each architecture that none of them has."""
+    found = checkpoints("hf_tiny/*", wants="goldens.npz")
+    configs = [json.loads((p.values[0] / "config.json").read_text()) for p in found]
+    seen = {name for config in configs for name in config["architectures"]}
+    for name in sorted(set(FAMILIES) - seen):
+        config = {"architectures": [name]} | SIZES | OWN_SIZES.get(name, {})
+        configs.append(config)
+        found.append(pytest.param(config, id=f"random-{name}"))
+    return found, [models.ModelConfig.from_hf(config) for config in configs]
+
+
+CASES, CONFIGS = cases()
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(request):
     """A model, a ragged batch, logits and caches of one prefill under all plans, and programs."""
-    with np.load(request.param / "goldens.npz") as goldens:
-        prompts = [goldens["input_ids"][row, :length] for row, length in enumerate(LENGTHS)]
-        new = goldens["input_ids"][:, -NEW:]
-    model = shallow(models.load(request.param).model)
+    if isinstance(request.param, dict):
+        config = models.ModelConfig.from_hf(request.param)
+        model = NETWORKS[config.architecture].init(config, seed=1)
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 96), np.int32)
+    else:
+        model = shallow(models.load(request.param).model)
+        with np.load(request.param / "goldens.npz") as goldens:
+            ids = goldens["input_ids"]
+    prompts = [ids[row, :length] for row, length in enumerate(LENGTHS)]
+    new = ids[:, -NEW:]
     logits, caches = quickly(prefill, plans=PLANS)(model, *pad_prompts(prompts))
     caches = dict(zip(SETTINGS, caches, strict=True))
     return model, prompts, new, logits, caches, quickly(decode_step), quickly(masked_logits)
@@ -86,6 +128,21 @@ def test_every_policy_is_here():
     for name in ("snapkv", "restkv", "expected_attention", "ablation"):
         assert f"{name}-kv_head" in SETTINGS
         assert f"{name}-query_head" in SETTINGS
+
+
+def test_every_kind_of_architecture_is_here():
+    """With global layers, where policies act."""
+    assert {config.architecture for config in CONFIGS} == set(FAMILIES)
+    acting = [config for config in CONFIGS if None in config.windows]
+    for has in (
+        lambda config: config.head_dim != config.hidden_size // config.num_heads,
+        lambda config: config.num_kv_heads == 1,
+        lambda config: config.attn_softcap is not None,
+        lambda config: config.qk_norm,
+        lambda config: config.qkv_bias,
+        lambda config: len(set(config.windows)) == 2,
+    ):
+        assert any(map(has, acting))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
