@@ -90,7 +90,8 @@ def test_entries_that_are_marked_empty_are_as_good_as_evicted():
         "frozen": {"heads": found.frozen(budget)},
         "layers": {"budget": found.layers(budget)},
     }
-    pairs = [(name, spread) for name in policies for spread in plans]
+    pairs = [("vnorm", spread) for spread in ("uniform", "frozen", "layers")]
+    pairs += [("restkv", spread) for spread in ("pyramid", "adakv", "shared")]
     listed = [
         CachePlan(policy=policies[name], **{"budget": budget, "headroom": 4, **plans[spread]})
         for name, spread in pairs
