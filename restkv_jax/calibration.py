@@ -22,9 +22,9 @@ from pallas_kernels.window_scores import (
     window_attention,
 )
 from restkv_jax.allocation import FrozenHeads
-from restkv_jax.attention import causal_attention
 from restkv_jax.plan import CachePlan
 from restkv_jax.policies import Policy, VNorm
+from restkv_jax.prompt_attention import causal_attention
 from restkv_jax.protocols import CausalLM, LayerSpec, Projection
 
 Importance = Literal["attention", "reconstruction"]
@@ -284,7 +284,7 @@ def _layer_importance(
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     batch, heads, columns, _ = q.shape
     out = jnp.swapaxes(
-        causal_attention(q, k, v, jnp.full(batch, columns, jnp.int32), spec=spec), 1, 2
+        causal_attention(q, k, v, jnp.full(batch, columns, jnp.int32), spec=spec)[0], 1, 2
     )
     if spec.window is not None:
         return out, jnp.zeros((batch, spec.num_kv_heads, length))

@@ -55,6 +55,8 @@ class LayerInputs:
         carried: [B, N, T] what the policy handed on at the last eviction, negative for entries
             that came later. None if this is the first.
         probe: whose queries policies with a window score by instead of the last ones, or None.
+        log_sums: [B, N, Q] log of each query's sum of exp(logits) over a prompt, +inf for padding,
+            if its attention was computed before; else None.
     """
 
     q: Float[Array, "B N Q H"]
@@ -69,6 +71,7 @@ class LayerInputs:
     cached_positions: Int[Array, "B K T"] | None = None
     carried: Float[Array, "B N T"] | None = None
     probe: Probe | None = None
+    log_sums: Float[Array, "B N Q"] | None = None
 
     def __post_init__(self) -> None:
         """Starts the memory of `once`, which is no part of the value."""
@@ -154,6 +157,10 @@ class LayerInputs:
         """
         return self.once(("window_weights", window), lambda: self._window_weights(window))
 
+    def window_visible(self, window: int) -> Bool[Array, "B M W T"]:
+        """True where one of the last `window` queries may look."""
+        return self._seen(self.query_positions(window), self.positions)
+
     def _window_weights(self, window: int) -> Float[Array, "B N W S"]:
         q, k, positions, queries = self.q, self.k, self.positions, self.query_positions(window)
         if self.probe is not None:
@@ -167,18 +174,22 @@ class LayerInputs:
             raise ValueError(f"q: expected at least the last {window} queries, got {q.shape[2]}")
         q = q[:, :, -window:]
         q = jnp.pad(q, ((0, 0), (0, 0), (window - q.shape[2], 0), (0, 0)))
-        positions = positions[:, :, None]
-        distance = queries[:, None, :, None] - positions
-        seen = (distance >= 0) & (positions >= 0)
-        if self.spec.window is not None:
-            seen &= distance < self.spec.window
         return window_attention(
             q,
             k,
-            seen,
+            self._seen(queries, positions),
             scale=self.spec.scale,
             softcap=self.spec.softcap,
         )
+
+    def _seen(
+        self, queries: Int[Array, "B W"], positions: Int[Array, "B M S"]
+    ) -> Bool[Array, "B M W S"]:
+        distance = queries[:, None, :, None] - positions[:, :, None]
+        seen = (distance >= 0) & (positions[:, :, None] >= 0)
+        if self.spec.window is not None:
+            seen &= distance < self.spec.window
+        return seen
 
 
 def layer_inputs(

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.window_scores import output_factor
-from restkv_jax.attention import causal_attention
 from restkv_jax.cache import KVCache, init_cache
 from restkv_jax.compression import CompressedLayer, compress
 from restkv_jax.layer import LayerInputs, Probe
 from restkv_jax.plan import CachePlan
+from restkv_jax.prompt_attention import causal_attention
 from restkv_jax.protocols import CausalLM, LayerSpec, Projection
 from restkv_jax.rerotation import rerotate
 
@@ -170,7 +170,8 @@ def _attend_and_evict(
     def compute(
         q: Array, k: Array, v: Array, w_o: Projection, lengths: Array, index: Array
     ) -> tuple[Array, tuple[CompressedLayer, ...]]:
-        before, behind = ([x[:, :, part] for x in (q, k, v)] for part in parts)
+        out, log_sums = causal_attention(q, k, v, lengths, spec=spec)
+        before, behind = ([x[:, :, part] for x in (q, k, v, log_sums)] for part in parts)
         inputs = LayerInputs(
             q=before[0][:, :, -queries:],
             k=before[1],
@@ -182,6 +183,7 @@ def _attend_and_evict(
             index=index,
             num_layers=num_layers,
             probe=Probe(q=behind[0], k=behind[1], v=behind[2]) if probe else None,
+            log_sums=before[3][:, :, -queries:],
         )
         kept = tuple(
             compress(
@@ -194,7 +196,7 @@ def _attend_and_evict(
             )
             for plan in plans
         )
-        return causal_attention(q, k, v, lengths, spec=spec), kept
+        return out, kept
 
     compute = jax.jit(compute)  # traced once for both branches
     arrays = (q, k, v, w_o, lengths, index)

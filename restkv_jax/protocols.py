@@ -7,7 +7,8 @@ N query heads, K key/value heads, G = N / K, H head size, D model width, V vocab
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, TypeVar
+from collections.abc import Iterator
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
 from jaxtyping import Array, DTypeLike, Float, Int
@@ -134,4 +135,24 @@ class CausalLM(Protocol):
 
     def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32."""
+        ...
+
+
+@runtime_checkable
+class StagedLM(CausalLM, Protocol):
+    """A `CausalLM` that shows its residual stream, for measurements."""
+
+    def stages(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        attend: Attend[State],
+        state: State,
+    ) -> Iterator[tuple[Float[Array, "B T D"], State]]:
+        """The residual stream after each layer, then what `__call__` returns; arguments as there.
+
+        Yields:
+            Hidden states, and the state so far: one pair for each layer, and a last one after
+            the final norm.
+        """
         ...

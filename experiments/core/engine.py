@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import sys
 import time
@@ -11,7 +10,6 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments.core.errors import UserError
 from experiments.core.runner import Answer
@@ -151,15 +149,6 @@ def check_fit(
             f"{weights_bytes / 1e9:.2f} GB do not fit into {available / 1e9:.2f} GB of memory; the "
             f"largest cache is that of {largest} with {sizes[largest] / 1e9:.2f} GB"
         )
-
-
-def weights_fingerprint(model: CausalLM) -> str:
-    """A short hash of every weight's shape, type and first values."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(model):
-        digest.update(f"{leaf.shape}{leaf.dtype}".encode())
-        digest.update(np.asarray(jnp.ravel(leaf)[:64]).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _kept_slots(cache: KVCache) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from experiments.core.engine import EvictionEngine, question_room, weights_fingerprint
+from experiments.core.engine import EvictionEngine, question_room
 from experiments.core.environment import environment, package_version
 from experiments.core.errors import UserError
 from experiments.core.options import PolicyText, chosen_policies
@@ -21,6 +21,7 @@ from experiments.core.session import describe_sets, run_session
 from experiments.core.table import print_tables
 from experiments.core.tasks import TaskSet
 from experiments.core.uncertainty import Average
+from restkv_jax.decode import weights_fingerprint
 
 _DEFAULT_MODEL = "smollm2-135m-instruct"
 

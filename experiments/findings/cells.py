@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from restkv_jax.attention import causal_attention
 from restkv_jax.budget import pyramid_slots
 from restkv_jax.compression import score
 from restkv_jax.decode import (
@@ -27,6 +26,7 @@ from restkv_jax.decode import (
     VNorm,
 )
 from restkv_jax.layer import LayerInputs
+from restkv_jax.prompt_attention import causal_attention
 from restkv_jax.protocols import LayerSpec, Projection
 
 _ROBUST = {"spatial": "avgpool", "sinks": 4}
@@ -103,7 +103,7 @@ def _captured(model: CausalLM, tokens: Int[Array, "1 T"]) -> tuple[_Captured, ..
         assert isinstance(w_o, Projection)
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
         lengths = jnp.full(1, tokens.shape[1], jnp.int32)
-        out = causal_attention(q, k, v, lengths, spec=specs[layer])
+        out, _ = causal_attention(q, k, v, lengths, spec=specs[layer])
         return jnp.swapaxes(out, 1, 2), (*found, _Captured(q, k, v, w_o))
 
     start: tuple[_Captured, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -109,7 +110,7 @@ def measure(
                     "policy": name,
                     "allocation": spread,
                     "budget": budget,
-                    "slots": float(mask.sum()) / (mask.shape[0] * mask.shape[1]),
+                    "slots": float(mask.sum()) / math.prod(mask.shape[:2]),
                     "accuracy": float(hit[asked].mean()),
                     "kl": float(kl[asked].mean()),
                 }

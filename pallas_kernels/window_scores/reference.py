@@ -38,7 +38,7 @@ def output_factor(w_o: Float[Array, "N H D"]) -> Float[Array, "N H R"]:
     return jnp.linalg.qr(w_o.mT, mode="r").mT
 
 
-def window_attention(
+def window_logits(
     q: Float[Array, "B N W H"],
     k: Float[Array, "B K T H"],
     visible: Bool[Array, "B M W T"],
@@ -46,7 +46,7 @@ def window_attention(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "B N W T"]:
-    """Softmax weights of the window's queries over all keys; rows that see nothing are 0.
+    """Attention logits of the window's queries over all keys, float32, -inf where not visible.
 
     Args:
         q: the window's queries.
@@ -60,7 +60,22 @@ def window_attention(
     logits = scale * jnp.einsum("bkgwh,bkth->bkgwt", grouped, k, preferred_element_type=jnp.float32)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(visible[:, :, None], logits, -jnp.inf).reshape(batch, heads, window, -1)
+    return jnp.where(visible[:, :, None], logits, -jnp.inf).reshape(batch, heads, window, -1)
+
+
+def window_attention(
+    q: Float[Array, "B N W H"],
+    k: Float[Array, "B K T H"],
+    visible: Bool[Array, "B M W T"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "B N W T"]:
+    """Softmax weights of the window's queries over all keys; rows that see nothing are 0.
+
+    Arguments as of `window_logits`.
+    """
+    logits = window_logits(q, k, visible, scale=scale, softcap=softcap)
     peak = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
     return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), _TINY)

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 from typing import Any
 
 
-def sizes(jaxpr: Any) -> Iterator[int]:
-    """Elements of every intermediate, inner programs included."""
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation, those of inner programs included, once for each place they are called at."""
     for equation in jaxpr.eqns:
-        yield from (out.aval.size for out in equation.outvars)
+        yield equation
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 if hasattr(inner, "jaxpr"):
-                    yield from sizes(inner.jaxpr)
+                    yield from equations(inner.jaxpr)
                 elif hasattr(inner, "eqns"):
-                    yield from sizes(inner)
+                    yield from equations(inner)
+
+
+def sizes(jaxpr: Any) -> Iterator[int]:
+    """Elements of every intermediate."""
+    for equation in equations(jaxpr):
+        yield from (out.aval.size for out in equation.outvars)
+
+
+def counts(jaxpr: Any) -> collections.Counter[str]:
+    """How often each primitive occurs."""
+    return collections.Counter(equation.primitive.name for equation in equations(jaxpr))

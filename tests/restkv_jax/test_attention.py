@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from restkv_jax.attention import BLOCK, causal_attention
 from restkv_jax.decode import LayerSpec
+from restkv_jax.prompt_attention import BLOCK, causal_attention, received_attention
 
 
 def dense(q, k, v, length, spec):
@@ -24,7 +24,7 @@ def dense(q, k, v, length, spec):
     logits = np.where(seen, logits.astype(np.float64), -1e30)
     weights = np.where(seen, np.exp(logits - logits.max(-1, keepdims=True)), 0.0)
     weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)
-    return np.einsum("nqk,nkh->nqh", weights, v)
+    return np.einsum("nqk,nkh->nqh", weights, v), weights.sum(1)
 
 
 @pytest.mark.parametrize("columns", [1, 63, BLOCK, BLOCK + 1, 3 * BLOCK - 5])
@@ -36,9 +36,11 @@ def test_equals_dense_attention(columns, kv_heads, extra):
     q = r.standard_normal((2, 4, columns, 8)).astype(np.float32)
     k, v = (r.standard_normal((2, kv_heads, columns, 8)).astype(np.float32) for _ in range(2))
     lengths = np.asarray([columns, max(1, columns // 3)])
-    out = causal_attention(q, k, v, jnp.asarray(lengths), spec=spec)
+    out, log_sums = causal_attention(q, k, v, jnp.asarray(lengths), spec=spec)
+    received = received_attention(q, k, jnp.asarray(lengths), log_sums, spec=spec)
     for b, length in enumerate(lengths):
-        expected = dense(q[b], k[b], v[b], length, spec)
+        expected, sums = dense(q[b], k[b], v[b], length, spec)
+        np.testing.assert_allclose(received[b], sums, rtol=2e-5, atol=1e-6)
         np.testing.assert_allclose(out[b, :, -length:], expected[:, -length:], atol=3e-6)
         assert (np.asarray(out[b, :, : columns - length]) == 0).all()
 

@@ -29,7 +29,7 @@ from restkv_jax.policies import (
     SnapKV,
     VNorm,
 )
-from restkv_jax.policies.h2o import received_attention
+from restkv_jax.prompt_attention import received_attention
 from tests.restkv_jax import oracle
 from tests.restkv_jax.jaxprs import sizes
 
@@ -282,8 +282,8 @@ def test_h2o_in_blocks_equals_one_product(released):
     q, k, v, w_o = (r.standard_normal(shape).astype(np.float32) for shape in shapes)
     layer = layer_inputs(q, k, v, w_o, lengths=jnp.asarray([valid]))
     causal_from = length - W if released else 0
-    sums = jax.jit(received_attention, static_argnames="causal_from")(
-        layer, causal_from=causal_from
+    sums = received_attention(
+        layer.q, layer.k, layer.lengths, spec=layer.spec, causal_from=causal_from
     )
     for n in range(N):
         rows = q[0, n, -valid:], k[0, n // GROUP, -valid:]
@@ -299,7 +299,7 @@ def test_h2o_never_holds_the_attention_matrix():
     length = 4096
     arrays = (jax.ShapeDtypeStruct((1, heads, length, H), jnp.float32) for heads in (N, K, K))
     shapes = jax.eval_shape(layer_inputs, *arrays, jax.ShapeDtypeStruct((N, H, D), jnp.float32))
-    jaxpr = jax.make_jaxpr(received_attention)(shapes)
+    jaxpr = jax.make_jaxpr(H2O(window=W).carry)(shapes)
     assert max(sizes(jaxpr.jaxpr)) < length * length // 8
 
 
