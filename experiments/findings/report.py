@@ -55,6 +55,8 @@ def _table(
     reference = values["restkv_k21" if mode == "inside" else "vnorm", "uniform"]
     rows = []
     for (policy, allocation), row in values.items():
+        if any(len(row.get(b, row.get(0, []))) < len(samples) for b in budgets):
+            continue  # not in all of the samples
         cells = []
         for budget in budgets:
             found = row.get(budget, row.get(0, []))
@@ -81,8 +83,6 @@ def _mean(cells: Sequence[Mapping[str, Any]], plain: bool) -> str:
 
 def _difference(cells: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> str:
     """KL less the reference's."""
-    if len(cells) != len(reference):
-        return ""
     gaps = [a["kl"] - b["kl"] for a, b in zip(cells, reference, strict=True)]
     low, high = bootstrap(gaps)
     lower = sum(gap < 0 for gap in gaps)
