@@ -189,7 +189,9 @@ def calibrate_head_budgets(
 
     Args:
         model: see `CausalLM`; its loop over layers must be unrolled.
-        tokens: texts of one length, without padding, or random token ids.
+        tokens: texts of one length, without padding, or random token ids. Of a model with sliding
+            windows better twice as long as a window: what a window still holds of the text is read
+            there, and not in the layers that are measured.
         budget: entries a head on average, for which shares are measured; one or several.
         by: "attention" or "reconstruction".
         instruction: tokens between a text and its repetition.
@@ -206,6 +208,12 @@ def calibrate_head_budgets(
     length, forced = tokens.shape[1], sinks + recent
     if min(sinks, recent) < 0 or forced >= length:
         raise ValueError(f"sinks, recent: expected fewer than {length}, got {sinks} and {recent}")
+    window = max((spec.window or 0 for spec in model.layer_specs), default=0)
+    if length <= window:
+        raise ValueError(
+            f"tokens: expected more than {window}, the sliding window of other layers, which would "
+            f"repeat the text by themselves; got {length}"
+        )
     if by not in get_args(Importance):
         raise ValueError(f"by: expected attention or reconstruction, got {by!r}")
     if not budgets or not forced < budgets[0] <= budgets[-1] <= length:

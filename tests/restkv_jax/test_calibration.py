@@ -277,6 +277,10 @@ def test_budgets_that_cannot_be_met_are_refused(model, calibrated):
     sliding = tiny.with_windows(model, (8,) * LAYERS)
     with pytest.raises(ValueError, match=r"^model\b"):
         calibrate_head_budgets(sliding, texts(20), budget=8, sinks=1, recent=1)
+    with pytest.raises(ValueError, match=r"^tokens\b.*20"):
+        calibrate_head_budgets(
+            tiny.with_windows(model, (20, None, None)), texts(20), budget=8, sinks=1, recent=1
+        )
     with pytest.raises(ValueError, match=r"^total\b"):
         apportion(np.ones(2), 9, 4)
     narrow = FrozenHeads(slots=((4, 20), (20, 20)))
