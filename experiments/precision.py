@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,7 +17,15 @@ from experiments.core.errors import UserError, run_main
 from experiments.core.options import Parser, count_of
 from experiments.core.tasks import fill_prompt
 from experiments.longbench.offline import OFFLINE_SETS, build_suite
-from restkv_jax.decode import CachePlan, CausalLM, Full, pad_prompts, prefill
+from restkv_jax.decode import (
+    CachePlan,
+    CausalLM,
+    Full,
+    kl_divergence,
+    pad_prompts,
+    prefill,
+    same_top1,
+)
 
 
 def differences(reference: np.ndarray, other: np.ndarray) -> dict[str, float]:
@@ -33,13 +40,12 @@ def differences(reference: np.ndarray, other: np.ndarray) -> dict[str, float]:
         whose most likely token is the same.
     """
     gap = np.abs(reference - other)
-    p, q = (jax.nn.log_softmax(jnp.asarray(x), axis=-1) for x in (reference, other))
-    divergence = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    pair = jnp.asarray(reference), jnp.asarray(other)
     return {
         "max": float(gap.max()),
         "mean": float(gap.mean()),
-        "kl": float(jnp.mean(divergence)),
-        "top1": float((reference.argmax(-1) == other.argmax(-1)).mean()),
+        "kl": float(jnp.mean(kl_divergence(*pair))),
+        "top1": float(jnp.mean(same_top1(*pair))),
     }
 
 

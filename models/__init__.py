@@ -7,12 +7,11 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from models import gguf_model, gguf_tokenizer, huggingface, orbax_folder
+from models.checkpoint import open_checkpoint
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.errors import CheckpointError
 from models.gemma import Gemma
-from models.gguf_file import GGUFStore
 from models.llama import Llama
 from models.sources import resolve
 from models.tokenizer import Tokenizer
@@ -77,23 +76,14 @@ def load(
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}: must be one of {', '.join(_DTYPES)}")
-    path = resolve(spec)
-    if path.is_dir():
-        tokenizer = huggingface.read_tokenizer(path)
-        eos_ids = huggingface.read_eos_ids(path)
-        reader = orbax_folder if orbax_folder.is_converted(path) else huggingface
-        model = reader.read_model(path, jnp.dtype(dtype), sharding)
-    else:
-        store = GGUFStore(path)
-        tokenizer = gguf_tokenizer.read_tokenizer(store)
-        eos_ids = ()
-        model = gguf_model.read_model(store, jnp.dtype(dtype), sharding)
+    checkpoint = open_checkpoint(resolve(spec))
+    model = checkpoint.build(jnp.dtype(dtype), sharding)
     return LanguageModel(
         name=str(spec),
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=checkpoint.tokenizer,
         config=model.config,
-        eos_ids=eos_ids or tokenizer.eos_ids,
-        turn_end_ids=tokenizer.turn_end_ids,
+        eos_ids=checkpoint.eos_ids,
+        turn_end_ids=checkpoint.tokenizer.turn_end_ids,
         weights_bytes=weights_bytes(model),
     )

@@ -81,6 +81,9 @@ class ModelConfig:
             f"a divisor of num_attention_heads {self.num_heads}",
         )
         self._require(self.head_dim % 2 == 0, "head_dim", "even, for the rotary embedding")
+        for rope in (self.rope, self.local_rope):
+            if rope is not None:
+                rope.frequencies(self.head_dim)  # a scaling may be of another head size
         self._require(0 <= self.rms_eps < 1, "rms_eps", "in [0, 1)")
         for field in ("query_scalar", "attn_softcap", "final_softcap"):
             value = getattr(self, field)

@@ -10,7 +10,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import models
+import jax.numpy as jnp
+
+from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import CheckpointError
 from models.hf_write import to_hf
 from models.huggingface import read_tokenizer
@@ -29,13 +31,16 @@ _FILES = (
 _SAMPLE = "A sample, 1234:\n  naïve 東京 <b>x</b>"
 
 
-def convert(spec: str | Path, target: Path, *, dtype: str = "float32") -> None:
+def convert(spec: str | Path, target: Path, *, dtype: str | None = None) -> None:
     """Writes the model `spec` into a new folder that `models.load` reads.
+
+    Weights are read and written one after the other.
 
     Args:
         spec: as for `models.load`.
         target: the folder to make; nothing of it is left behind if that fails.
-        dtype: of the stored weights; those of a checkpoint in bfloat16 are the same in both.
+        dtype: of the stored weights, "float32" or "bfloat16"; None keeps what the checkpoint has
+            (float32 of weights that are quantised).
 
     Raises:
         CheckpointError: the model cannot be had, or `target` exists or cannot be written.
@@ -43,7 +48,7 @@ def convert(spec: str | Path, target: Path, *, dtype: str = "float32") -> None:
     if target.exists():
         raise CheckpointError(f"{target}: exists already")
     path = resolve(spec)
-    model = models.load(path, dtype=dtype)
+    checkpoint = open_checkpoint(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, so that the final move is atomic: it stays on one file system.
@@ -55,20 +60,20 @@ def convert(spec: str | Path, target: Path, *, dtype: str = "float32") -> None:
                     if (path / name).exists():
                         shutil.copyfile(path / name, folder / name)
             else:
-                _write_hub_files(folder, model)
-            write_weights(folder, model.model)
+                _write_hub_files(folder, path, checkpoint)
+            write_weights(folder, checkpoint.parameters, dtype and jnp.dtype(dtype))
             folder.rename(target)
     except OSError as err:
         raise CheckpointError(f"{target}: cannot be written ({err})") from err
 
 
-def _write_hub_files(folder: Path, model: models.LanguageModel) -> None:
+def _write_hub_files(folder: Path, path: Path, checkpoint: Checkpoint) -> None:
     """Says in the hub's files what a GGUF file says in its metadata."""
-    config = to_hf(model.config) | {"eos_token_id": list(model.eos_ids)}
+    config = to_hf(checkpoint.parameters.config) | {"eos_token_id": list(checkpoint.eos_ids)}
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    model.tokenizer.save(folder)
-    if read_tokenizer(folder).encode(_SAMPLE) != model.tokenizer.encode(_SAMPLE):
-        raise CheckpointError(f"{model.name}: its tokenizer cannot be written as hub files")
+    checkpoint.tokenizer.save(folder)
+    if read_tokenizer(folder).encode(_SAMPLE) != checkpoint.tokenizer.encode(_SAMPLE):
+        raise CheckpointError(f"{path}: its tokenizer cannot be written as hub files")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,8 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the stored weights (default float32, which loses nothing)",
+        help="of the stored weights (default: as in SRC, float32 where that is quantised)",
     )
     given = parser.parse_args(arguments)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from typing import ClassVar, Protocol, Self
 
 import jax
@@ -111,6 +112,17 @@ class Decoder(nnx.Module):
         Returns:
             Hidden states after the final norm, and the last state.
         """
+        *_, result = self.stages(tokens, positions, attend, state)
+        return result
+
+    def stages(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        attend: Attend[State],
+        state: State,
+    ) -> Iterator[tuple[Float[Array, "B T D"], State]]:
+        """The residual stream after each layer, and last of all what `__call__` returns."""
         config = self.config
         x = self.embed[...][tokens]
         if config.scaled_embeddings:
@@ -122,7 +134,8 @@ class Decoder(nnx.Module):
         for layer, block in enumerate(self.layers):
             own = angles if config.windows[layer] is None else local
             x, state = block(x, own, layer, attend, state)
-        return self.norm(x), state
+            yield x, state
+        yield self.norm(x), state
 
     def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32, accumulated in float32 whatever the weights are."""

@@ -1,13 +1,13 @@
-"""How a hub `config.json` spells a network, and what each family means by what it leaves out."""
+"""How a hub `config.json` spells a network."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from models.rope import LinearScaling, Llama3Scaling, RopeConfig
+from models.families import FAMILIES, TEXT_PARTS, Family
+from models.rope import FrequencyFactors, LinearScaling, Llama3Scaling, RopeConfig
 
 # Field of `models.config.ModelConfig` -> the key that checkpoints use. Error messages show it.
 HF_KEYS = {
@@ -28,59 +28,10 @@ HF_KEYS = {
 REQUIRED = ("vocab_size", "num_layers", "hidden_size", "num_heads", "mlp_size")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Family:
-    """What an architecture is, and what it means by the keys that its files leave out.
-
-    `window` says which layers slide: "never" any; "always" all, by `sliding_window` alone;
-    "optional" the later ones and only if `use_sliding_window` is true; "alternating" the even
-    ones; "pattern" all but every sixth. `layer_types` overrules the last three.
-    """
-
-    head_dim: int | None = None
-    window: Literal["never", "always", "optional", "alternating", "pattern"] = "never"
-    reads_attention_bias: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    gemma: bool = False
-    post_norms: bool = False
-    query_scalar: float | None = None
-    attn_softcap: float | None = None
-    final_softcap: float | None = None
-    theta: float = 10000.0
-    local_theta: float | None = None
-
-
-FAMILIES = {
-    "LlamaForCausalLM": _Family(reads_attention_bias=True),
-    "MistralForCausalLM": _Family(window="always"),
-    "Qwen2ForCausalLM": _Family(window="optional", qkv_bias=True),
-    "Qwen3ForCausalLM": _Family(
-        head_dim=128, window="optional", reads_attention_bias=True, qk_norm=True
-    ),
-    "GemmaForCausalLM": _Family(head_dim=256, reads_attention_bias=True, gemma=True),
-    "Gemma2ForCausalLM": _Family(
-        head_dim=256,
-        window="alternating",
-        reads_attention_bias=True,
-        gemma=True,
-        post_norms=True,
-        query_scalar=256.0,
-        attn_softcap=50.0,
-        final_softcap=30.0,
-    ),
-    "Gemma3ForCausalLM": _Family(
-        head_dim=256,
-        window="pattern",
-        reads_attention_bias=True,
-        qk_norm=True,
-        gemma=True,
-        post_norms=True,
-        query_scalar=256.0,
-        theta=1e6,
-        local_theta=10000.0,
-    ),
-}
+def has_text_part(hf: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is of text and images, of which the text alone is read."""
+    names = hf.get("architectures")
+    return isinstance(names, list) and len(names) == 1 and names[0] in TEXT_PARTS
 
 
 def read_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,6 +46,8 @@ def read_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a key is missing or not understood; the message names it.
     """
+    if has_text_part(hf):
+        hf = _text_part(hf)
     architecture = _architecture(hf)
     family = FAMILIES[architecture]
     _refuse_unsupported(hf, family)
@@ -128,6 +81,17 @@ def read_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _text_part(hf: Mapping[str, Any]) -> dict[str, Any]:
+    architecture, defaults = TEXT_PARTS[hf["architectures"][0]]
+    text = hf.get("text_config")
+    if not isinstance(text, dict):
+        raise ValueError(f"text_config is {text!r}: must be an object")
+    outer = {key: hf.get(key) for key in ("tie_word_embeddings", "quantization_config")}
+    said = {key: value for key, value in text.items() if value is not None}
+    # `text` goes first for its nulls: some mean "none", not "left out".
+    return text | outer | defaults | said | {"architectures": [architecture]}
+
+
 def is_count(value: object) -> bool:
     """Whether `value` is a positive integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
@@ -138,13 +102,12 @@ def _architecture(hf: Mapping[str, Any]) -> str:
     if not (isinstance(names, list) and len(names) == 1):
         raise ValueError(f"architectures is {names!r}: must be a list of one name")
     if names[0] not in FAMILIES:
-        raise ValueError(
-            f"architecture {names[0]!r} is not supported; supported are {', '.join(FAMILIES)}"
-        )
+        supported = ", ".join((*FAMILIES, *TEXT_PARTS))
+        raise ValueError(f"architecture {names[0]!r} is not supported; supported are {supported}")
     return names[0]
 
 
-def _refuse_unsupported(hf: Mapping[str, Any], family: _Family) -> None:
+def _refuse_unsupported(hf: Mapping[str, Any], family: Family) -> None:
     if hf.get("quantization_config") is not None:
         raise ValueError("quantization_config is set: quantised safetensors are not supported")
     if hf.get("mlp_bias"):
@@ -164,7 +127,7 @@ def _refuse_unsupported(hf: Mapping[str, Any], family: _Family) -> None:
         raise ValueError(f"{key} is {activation!r}: must be {known[0]!r}")
 
 
-def _ropes(hf: Mapping[str, Any], family: _Family) -> dict[str, RopeConfig | None]:
+def _ropes(hf: Mapping[str, Any], family: Family) -> dict[str, RopeConfig | None]:
     """Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
     key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
     rope = _get(hf, key, {})
@@ -203,10 +166,25 @@ def _rope(hf: Mapping[str, Any], rope: Mapping[str, Any], key: str, theta: float
             original_max_positions=int(_number(rope, "original_max_position_embeddings")),
         )
         return RopeConfig(theta=theta, scaling=scaling)
-    raise ValueError(f"rope_type {kind!r} in {key} is not supported: default, linear or llama3")
+    if kind == "longrope":
+        return RopeConfig(theta=theta, scaling=_factors(rope))
+    raise ValueError(
+        f"rope_type {kind!r} in {key} is not supported: default, linear, llama3, or longrope with "
+        "one list of factors"
+    )
 
 
-def _logit_arithmetic(hf: Mapping[str, Any], family: _Family) -> dict[str, float | None]:
+def _factors(rope: Mapping[str, Any]) -> FrequencyFactors:
+    """Of a "longrope" that stretches short and long texts alike, as `models.hf_write` has it."""
+    factors = rope.get("long_factor")
+    if not (isinstance(factors, list) and factors == rope.get("short_factor")):
+        raise ValueError("long_factor and short_factor: must be one and the same list")
+    if _number(rope, "attention_factor") != 1:
+        raise ValueError(f"attention_factor is {rope['attention_factor']!r}: must be 1")
+    return FrequencyFactors(factors=tuple(map(float, factors)))
+
+
+def _logit_arithmetic(hf: Mapping[str, Any], family: Family) -> dict[str, float | None]:
     """The scalar and the caps, of the families that have them; a null means none."""
     if family.query_scalar is None:
         return {}
@@ -217,7 +195,7 @@ def _logit_arithmetic(hf: Mapping[str, Any], family: _Family) -> dict[str, float
     return found
 
 
-def _windows(hf: Mapping[str, Any], family: _Family, num_layers: int) -> tuple[int | None, ...]:
+def _windows(hf: Mapping[str, Any], family: Family, num_layers: int) -> tuple[int | None, ...]:
     if family.window == "always":
         # The family's default where the key is left out; a null means no window.
         return (hf.get("sliding_window", 4096),) * num_layers
@@ -232,7 +210,7 @@ def _windows(hf: Mapping[str, Any], family: _Family, num_layers: int) -> tuple[i
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _default_kinds(hf: Mapping[str, Any], family: _Family, num_layers: int) -> list[str]:
+def _default_kinds(hf: Mapping[str, Any], family: Family, num_layers: int) -> list[str]:
     if family.window == "optional":
         first = _get(hf, "max_window_layers", 28)
         slides = [layer >= first for layer in range(num_layers)]

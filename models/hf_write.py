@@ -7,7 +7,7 @@ from typing import Any
 
 from models.config import ModelConfig
 from models.hf_config import HF_KEYS
-from models.rope import Llama3Scaling, RopeConfig
+from models.rope import FrequencyFactors, Llama3Scaling, RopeConfig
 
 _ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
@@ -36,6 +36,15 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 def _rope(rope: RopeConfig) -> dict[str, Any]:
     if rope.scaling is None:
         return {"rope_type": "default", "rope_theta": rope.theta}
+    if isinstance(rope.scaling, FrequencyFactors):
+        factors = list(rope.scaling.factors)
+        return {
+            "rope_type": "longrope",
+            "rope_theta": rope.theta,
+            "short_factor": factors,
+            "long_factor": factors,
+            "attention_factor": 1.0,
+        }
     numbers = dataclasses.asdict(rope.scaling)
     kind = "linear"
     if isinstance(rope.scaling, Llama3Scaling):

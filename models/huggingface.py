@@ -7,29 +7,33 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jaxtyping import DTypeLike
 
 from models.chat import ChatTemplate
 from models.config import ModelConfig
-from models.decoder import Decoder
 from models.errors import CheckpointError
+from models.hf_config import has_text_part
+from models.multimodal import image_tensors, text_source
 from models.names import hf_source
 from models.safetensors_file import SafetensorsStore, read_json
 from models.tokenizer import Tokenizer
 from models.tokenizer_backends import MissingBackend, SentencePieceBackend, TokenizersBackend
-from models.weights import Sharding, build
+from models.weights import Parameters, match
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def read_model(folder: Path, dtype: DTypeLike, sharding: Sharding | None) -> Decoder:
-    """Loads `config.json` and the safetensors of a folder.
+def open_weights(folder: Path) -> Parameters:
+    """Finds the parameters of the network that `config.json` describes in the safetensors.
+
+    Of a checkpoint of text and images that is the language model, see `models.multimodal`.
 
     Raises:
-        CheckpointError: see `ModelConfig.from_hf`, `SafetensorsStore` and `build`.
+        CheckpointError: see `ModelConfig.from_hf`, `SafetensorsStore` and `match`.
     """
-    config = read_config(folder)
-    return build(config, SafetensorsStore(folder), hf_source, dtype, sharding)
+    config, store = read_config(folder), SafetensorsStore(folder)
+    if not has_text_part(read_json(folder / "config.json")):
+        return match(config, store, hf_source)
+    return match(config, store, text_source(store), ignored=image_tensors(store))
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -2,7 +2,9 @@
 
 A layer takes its weights from a `Weights` function at construction, which serves loading,
 random initialisation and shape listing alike, so nothing is allocated that is then thrown away.
-Modules are immutable afterwards: `__call__` assigns nothing, and plain `jax.jit` applies.
+Modules are immutable afterwards: `__call__` assigns nothing, and plain `jax.jit` applies. What a
+layer computes outside of `attend` is jitted here, so that layers that are alike are traced and
+lowered once; XLA puts the copies back in place before it optimises.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ class RMSNorm(nnx.Module):
         # Added here and not to the weights: in bfloat16 those near 0 are finer than those near 1.
         self.offset = 1.0 if config.unit_offset else 0.0
 
+    @jax.jit
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last axis; the result has the dtype of `x`."""
         x32 = x.astype(jnp.float32)
@@ -65,6 +68,7 @@ class GatedMLP(nnx.Module):
         self.down = Linear(f"{path}.down", hidden, width, weights)
         self.activation = config.activation
 
+    @jax.jit
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies the network to each token."""
         gate = self.gate(x)
@@ -113,13 +117,21 @@ class Attention(nnx.Module):
         Returns:
             The update to the residual stream, and the new state.
         """
+        q, k, v, w_o = self._project(x, angles)
+        heads, state = attend(layer, q, k, v, w_o, state)
+        return self.o(heads.astype(x.dtype).reshape(*x.shape[:2], -1)), state
+
+    @jax.jit
+    def _project(
+        self, x: Float[Array, "B T D"], angles: Float[Array, "B T 1 H2"]
+    ) -> tuple[Array, Array, Array, Float[Array, "N H D"]]:
+        """Queries, keys and values by head, and the output projection by head."""
         by_head = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (project(x).reshape(by_head) for project in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         w_o = self.o.w[...].reshape(-1, self.head_dim, x.shape[-1])
-        heads, state = attend(layer, rotate(q, angles), rotate(k, angles), v, w_o, state)
-        return self.o(heads.astype(x.dtype).reshape(*x.shape[:2], -1)), state
+        return rotate(q, angles), rotate(k, angles), v, w_o
 
 
 def _row(vector: Float[Array, " D"], ndim: int) -> Float[Array, "... D"]:

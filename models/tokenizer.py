@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from models.chat import ChatTemplate
+from models.streaming import TextStream
 
 # How the chat formats of the supported models end a turn.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>")
@@ -28,6 +29,13 @@ class Backend(Protocol):
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         """Text of the ids, leaving special ones out if `skip_special`."""
+        ...
+
+    def unsettled(self, ids: Sequence[int], *, skip_special: bool) -> int:
+        """How many of the last ids have a text that ids to come may change.
+
+        Beside up to three U+FFFD at the end, which may become a character.
+        """
         ...
 
     def token_id(self, token: str) -> int | None:
@@ -106,6 +114,14 @@ class Tokenizer:
             The text; bytes that are not UTF-8 become U+FFFD.
         """
         return self.backend.decode([int(i) for i in ids], skip_special=skip_special)
+
+    def stream(self, *, skip_special: bool = True) -> TextStream:
+        """Decodes ids that come one after the other; see `TextStream`.
+
+        Args:
+            skip_special: as of `decode`, to which the pieces add up.
+        """
+        return TextStream(self.backend, skip_special=skip_special)
 
     def save(self, folder: Path) -> None:
         """Writes the files that `models.huggingface.read_tokenizer` reads."""

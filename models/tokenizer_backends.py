@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ import sentencepiece
 import tokenizers
 
 from models.errors import CheckpointError
+
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
 class TokenizersBackend:
@@ -39,6 +42,18 @@ class TokenizersBackend:
         """See `models.tokenizer.Backend`."""
         return self._pipeline.decode(ids, skip_special_tokens=skip_special)
 
+    def unsettled(self, ids: Sequence[int], *, skip_special: bool) -> int:
+        """See `models.tokenizer.Backend`: bytes that follow each other are text or not as one."""
+        if not self._falls_back_to_bytes:
+            return 0
+        last = len(ids)
+        while last and (
+            _BYTE_TOKEN.fullmatch(self._pipeline.id_to_token(ids[last - 1]) or "")
+            or (skip_special and ids[last - 1] in self._special_ids)
+        ):
+            last -= 1
+        return len(ids) - last
+
     def token_id(self, token: str) -> int | None:
         """See `models.tokenizer.Backend`."""
         return self._pipeline.token_to_id(token)
@@ -50,6 +65,16 @@ class TokenizersBackend:
     def prefix(self) -> list[int]:
         """The ids that the pipeline itself puts around an empty text."""
         return self._pipeline.encode("", add_special_tokens=True).ids
+
+    @functools.cached_property
+    def _falls_back_to_bytes(self) -> bool:
+        """Whether tokens such as <0x0A> are decoded to bytes."""
+        return b'"ByteFallback"' in pickle.dumps(self._pipeline.decoder)
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self._pipeline.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
 
     @functools.cached_property
     def _literal(self) -> tokenizers.Tokenizer:
@@ -139,6 +164,10 @@ class SentencePieceBackend:
                 plain.append(token_id)
         return text + self._model.decode(plain)
 
+    def unsettled(self, ids: Sequence[int], *, skip_special: bool) -> int:  # noqa: ARG002
+        """See `models.tokenizer.Backend`: each byte is decoded as soon as its character ends."""
+        return 0
+
     def token_id(self, token: str) -> int | None:
         """See `models.tokenizer.Backend`."""
         if token in self._added:
@@ -170,6 +199,10 @@ class MissingBackend:
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:  # noqa: ARG002
         """Raises CheckpointError."""
         self._fail()
+
+    def unsettled(self, ids: Sequence[int], *, skip_special: bool) -> int:  # noqa: ARG002
+        """None: there is no text."""
+        return 0
 
     def token_id(self, token: str) -> int | None:  # noqa: ARG002
         """None: there are no tokens."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +21,7 @@ from models.names import Source
 from models.registry import make_network
 
 _SHOWN_PROBLEMS = 8
+_ALIGNMENT = 64  # bytes, of buffers of XLA on CPU
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 """From a parameter's path, e.g. "layers.0.attn.q.w" ([in, out]), and shape to where it goes; None
@@ -55,21 +58,63 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def build(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """A checkpoint that was found to fit a network, by the network's parameters.
+
+    Attributes:
+        config: the network.
+        store: the checkpoint.
+        shapes: path -> shape of each parameter.
+        sources: path -> the tensor that it comes from.
+    """
+
+    config: ModelConfig
+    store: TensorStore
+    shapes: Mapping[str, tuple[int, ...]]
+    sources: Mapping[str, Source]
+
+    def read(self, path: str) -> np.ndarray:
+        """One parameter in the dtype it is stored in, of the shape that the network wants."""
+        source = self.sources[path]
+        return source.convert(self.store.read(source.name))
+
+
+def match(
     config: ModelConfig,
     store: TensorStore,
     source_of: Callable[[str, ModelConfig], Source],
-    dtype: DTypeLike,
-    sharding: Sharding | None = None,
-) -> Decoder:
-    """Builds the network with the weights of a checkpoint.
-
-    Tensors are read, turned, cast and placed one at a time.
+    *,
+    ignored: Collection[str] = (),
+) -> Parameters:
+    """Finds each parameter of a network in a checkpoint, reading none but a head that is tied.
 
     Args:
         config: the network.
         store: the checkpoint.
         source_of: from a parameter's path to its tensor, see `models.names`.
+        ignored: tensors that the network has no place for, and that may be there.
+
+    Raises:
+        CheckpointError: tensors are missing, left over or of another shape; every such problem
+            is in the message.
+    """
+    shapes = parameter_shapes(config)
+    sources = {path: source_of(path, config) for path in shapes}
+    spare_head = _spare_head(config, store, source_of)
+    _check_names_and_shapes(shapes, sources, store, ignored={*ignored, spare_head})
+    if spare_head is not None:
+        _check_tie(sources["embed.w"].name, spare_head, store)
+    return Parameters(config=config, store=store, shapes=shapes, sources=sources)
+
+
+def build(parameters: Parameters, dtype: DTypeLike, sharding: Sharding | None = None) -> Decoder:
+    """Builds the network with the weights of a checkpoint.
+
+    Tensors are read, turned, cast and placed one at a time.
+
+    Args:
+        parameters: of the checkpoint, see `match`.
         dtype: of the weights in memory.
         sharding: where each parameter goes.
 
@@ -77,28 +122,19 @@ def build(
         The model.
 
     Raises:
-        CheckpointError: tensors are missing, left over, of another shape or not finite; every
-            such problem is in the message.
+        CheckpointError: tensors are not finite; all such are in the message.
         ValueError: a sharding does not fit its parameter.
     """
-    shapes = parameter_shapes(config)
-    targets = shardings_of(shapes, sharding)
-    sources = {path: source_of(path, config) for path in shapes}
-    spare_head = _spare_head(config, store, source_of)
-    _check_names_and_shapes(shapes, sources, store, ignore=spare_head)
-    if spare_head is not None:
-        _check_tie(sources["embed.w"].name, spare_head, store)
-
+    targets = shardings_of(parameters.shapes, sharding)
     finite: dict[str, jax.Array] = {}
 
     def weights(path: str, _: tuple[int, ...]) -> jax.Array:
-        source = sources[path]
-        value = _place(source.convert(store.read(source.name)), dtype, targets[path])
-        finite[source.name] = all_finite(value)
+        value = _place(parameters.read(path), dtype, targets[path])
+        finite[parameters.sources[path].name] = all_finite(value)
         return value
 
-    model = make_network(config, weights)
-    raise_unless_finite(store.path, finite)
+    model = make_network(parameters.config, weights)
+    raise_unless_finite(parameters.store.path, finite)
     return model
 
 
@@ -150,8 +186,12 @@ def raise_unless_finite(path: Path, finite: Mapping[str, jax.Array]) -> None:
 
 @jax.jit
 def all_finite(x: jax.Array) -> jax.Array:
-    """Whether no element is NaN or infinite."""
-    return jnp.isfinite(x).all()
+    """Whether no element is NaN or infinite.
+
+    0 x is NaN exactly there. A sum is computed as it goes; asking each element first would take
+    an array of answers.
+    """
+    return jnp.isfinite(jnp.sum(0 * x, dtype=jnp.float32))
 
 
 def _place(tensor: np.ndarray, dtype: DTypeLike, target: jax.sharding.Sharding | None) -> jax.Array:
@@ -161,11 +201,25 @@ def _place(tensor: np.ndarray, dtype: DTypeLike, target: jax.sharding.Sharding |
     """
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        return np.array(tensor if index is None else tensor[index], jnp.dtype(dtype), order="C")
+        source = tensor if index is None else tensor[index]
+        copy = _aligned(source.shape, dtype)
+        np.copyto(copy, source, casting="unsafe")
+        return copy
 
     if target is None:
-        return jnp.asarray(part(None))
-    return jax.make_array_from_callback(tensor.shape, target, part)
+        placed = jax.device_put(part(None))
+    else:
+        placed = jax.make_array_from_callback(tensor.shape, target, part)
+    # The copy is alive until it has arrived, and the next tensor must not come before.
+    return placed.block_until_ready()
+
+
+def _aligned(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """Memory that JAX takes over on CPU instead of copying it; its content is not defined."""
+    num_bytes = math.prod(shape) * jnp.dtype(dtype).itemsize
+    memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def raise_problems(path: Path, problems: Sequence[str]) -> None:
@@ -182,7 +236,7 @@ def _check_names_and_shapes(
     sources: Mapping[str, Source],
     store: TensorStore,
     *,
-    ignore: str | None,
+    ignored: Collection[str | None],
 ) -> None:
     problems = []
     for path, source in sources.items():
@@ -194,7 +248,7 @@ def _check_names_and_shapes(
             problems.append(
                 f"{source.name} has shape {list(found)}, the config asks for {list(wanted)}"
             )
-    known = {source.name for source in sources.values()} | {ignore}
+    known = {source.name for source in sources.values()} | set(ignored)
     problems += [
         f"{name} is left over: the config has no place for it"
         for name in store.shapes

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from restkv_jax.protocols import LayerSpec
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadAllocation(abc.ABC):
@@ -26,6 +28,19 @@ class HeadAllocation(abc.ABC):
 
     name: ClassVar[str]
     across_heads: ClassVar[bool] = True
+
+    def require_all_heads(self, spec: LayerSpec) -> None:
+        """Refuses a layer whose heads are split over devices, see `restkv_jax.sharding`.
+
+        Raises:
+            ValueError: naming the mesh axis.
+        """
+        if spec.head_axis is not None:
+            raise ValueError(
+                f"heads: budgets by head ({self.name}) need all heads of a layer on one device, "
+                f"but they are split over mesh axis {spec.head_axis!r}; put the batch on its "
+                "devices instead, or use equal budgets"
+            )
 
     def capacity(self, slots: int, heads: int, layer: int) -> int:
         """F, static: entries of all heads together, `slots` of each on average."""

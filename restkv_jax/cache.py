@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Int
 
-from pallas_kernels.quantized import quantize
+from pallas_kernels.quantized import QuantArray
 from restkv_jax.plan import CachePlan, DecodeEviction
 from restkv_jax.protocols import LayerSpec
 from restkv_jax.slots import LayerStack
@@ -138,6 +138,8 @@ def init_cache(
     kinds, sizes = [], []
     for layer, spec in enumerate(specs):
         own = plan.for_layer(spec, prompt_columns)
+        if own.heads is not None:
+            own.heads.require_all_heads(spec)
         heads = own.policy.cache_heads(spec.num_heads, spec.num_kv_heads)
         kinds.append(
             _Kind(
@@ -160,13 +162,12 @@ def init_cache(
         own_sizes = tuple(size for size, k in zip(sizes, kinds, strict=True) if k == kind)
         lists, total = 1 if kind.shared else kind.heads, sum(own_sizes)
         shape = (batch, lists, total, kind.head_dim)
-        k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
         remember = query_rows and not kind.ring
         queries = (len(own_sizes), batch, kind.num_heads, query_rows + 1, kind.head_dim)
         stacks.append(
             LayerStack(
-                k=quantize(k) if plan.storage == "int8" else k,
-                v=quantize(v) if plan.storage == "int8" else v,
+                k=_empty(shape, dtype, plan),
+                v=_empty(shape, dtype, plan),
                 positions=jnp.full((batch, lists, total), -1, jnp.int32),
                 used=jnp.zeros((len(own_sizes), batch), jnp.int32),
                 sizes=own_sizes,
@@ -189,6 +190,12 @@ def init_cache(
         eviction=plan.eviction,
         by_slot=plan.rope == "slot",
     )
+
+
+def _empty(shape: tuple[int, ...], dtype: DTypeLike, plan: CachePlan) -> Array | QuantArray:
+    if plan.storage == "int8":
+        return QuantArray(values=jnp.zeros(shape, jnp.int8), scale=jnp.zeros(shape[:-1]))
+    return jnp.zeros(shape, dtype)
 
 
 def _check_slots(specs: tuple[LayerSpec, ...]) -> None:

@@ -121,6 +121,7 @@ def _compress_flat(
     heads: HeadAllocation,
     budgets_of: int,
 ) -> CompressedLayer:
+    heads.require_all_heads(layer.spec)
     kept = min(slots, layer.columns)
     budget = jnp.full_like(layer.lengths, kept) if budget is None else jnp.minimum(budget, kept)
     importance = policy.importance(layer, kept, budget)

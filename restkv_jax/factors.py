@@ -11,6 +11,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from pallas_kernels.window_scores import output_factor
 from restkv_jax.protocols import Attend, CausalLM, LayerSpec, Projection, State
+from restkv_jax.sharding import ShardedLM
 
 
 @jax.tree_util.register_dataclass
@@ -68,8 +69,11 @@ def with_output_factors(model: CausalLM) -> FactoredLM:
         model: a model whose loop over layers is unrolled.
 
     Raises:
-        ValueError: the model scans over its layers.
+        ValueError: the model scans over its layers, or it is sharded already: `shard` takes the
+            model that this function returns.
     """
+    if isinstance(model, ShardedLM):
+        raise ValueError("model: expected one that is not sharded yet; shard what this returns")
     return FactoredLM(model=model, factors=_factors(model))
 
 

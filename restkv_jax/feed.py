@@ -17,6 +17,8 @@ from restkv_jax.eviction import evict_rows
 from restkv_jax.protocols import CausalLM, LayerSpec, Projection
 from restkv_jax.slots import LayerSlots, LayerStack
 
+_State = tuple[Int[Array, " B"], Int[Array, " B"], Int[Array, "B T"], KVCache]
+
 
 def feed(
     model: CausalLM,
@@ -56,9 +58,10 @@ def feed(
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         w_o: Float[Array, "N H D"] | Projection,
-        cache: KVCache,
-    ) -> tuple[Float[Array, "B T N H"], KVCache]:
-        spec = specs[layer] if isinstance(layer, int) else specs[0]
+        state: _State,
+    ) -> tuple[Float[Array, "B T N H"], _State]:
+        count, start, positions, cache = state
+        spec = specs[layer if isinstance(layer, int) else 0].share(q.shape[2])
         index, row = cache.place(layer)
         stack = cache.stacks[index]
 
@@ -97,10 +100,11 @@ def feed(
             stack = stack.remember(row, q, positions)
         if evicts is not None and evict == "after":
             stack = evicted((stack.used[row] > evicts.budget) & _after(out), start + count)
-        return out, cache.with_stack(index, stack)
+        return out, (count, start, positions, cache.with_stack(index, stack))
 
     rotary = positions if not cache.by_slot else _by_slot(cache, count, rank, valid)
-    hidden, cache = model(tokens, rotary, attend, cache)
+    # All that `attend` reads is in its state, which a sharded model splits by rows and heads.
+    hidden, (_, _, _, cache) = model(tokens, rotary, attend, (count, start, positions, cache))
     return hidden, dataclasses.replace(cache, next_position=start + count)
 
 

@@ -18,6 +18,22 @@ Result = TypeVar("Result")
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Tokens that follow a prompt only to look at it: their queries score, nothing of them stays.
+
+    Attributes:
+        q: [B, N, Q, H] queries.
+        k: [B, K, Q, H] keys, as the queries see each other too, causally.
+        v: [B, K, Q, H] values.
+    """
+
+    q: Float[Array, "B N Q H"]
+    k: Float[Array, "B K Q H"]
+    v: Float[Array, "B K Q H"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerInputs:
     """What a policy may look at: one layer, rows aligned to the right.
 
@@ -40,6 +56,7 @@ class LayerInputs:
             that came later. None if this is the first.
         log_sums: [B, N, Q] log of each query's sum of exp(logits) over a prompt, +inf for padding,
             if its attention was computed before; else None.
+        probe: whose queries policies with a window score by instead of the last ones, or None.
     """
 
     q: Float[Array, "B N Q H"]
@@ -54,6 +71,7 @@ class LayerInputs:
     cached_positions: Int[Array, "B K T"] | None = None
     carried: Float[Array, "B N T"] | None = None
     log_sums: Float[Array, "B N Q"] | None = None
+    probe: Probe | None = None
 
     def __post_init__(self) -> None:
         """Starts the memory of `once`, which is no part of the value."""
@@ -102,6 +120,18 @@ class LayerInputs:
         """Repeats an array [B, M, ...] for the query heads of each group; M = 1 stays as it is."""
         return x if x.shape[1] == 1 else jnp.repeat(x, self.spec.group_size, axis=1)
 
+    def mean_over_heads(self, x: Float[Array, "B M *E"]) -> Float[Array, "B 1 *E"]:
+        """Mean over all heads of the layer; of heads on several devices by one all-reduce."""
+        mean = jnp.mean(x, axis=1, keepdims=True)
+        axis = self.spec.head_axis
+        return mean if axis is None else jax.lax.pmean(mean, axis)
+
+    @property
+    def first_kv_head(self) -> int | Int[Array, ""]:
+        """Index in the layer of the first of these key/value heads: 0 unless they are a share."""
+        axis = self.spec.head_axis
+        return 0 if axis is None else jax.lax.axis_index(axis) * self.k.shape[1]
+
     def distance_factor(self, *, project: bool) -> Float[Array, "N H R"]:
         """What differences of values are multiplied by before their norm: W_O's factor, or I."""
         if project:
@@ -109,23 +139,57 @@ class LayerInputs:
         size = self.spec.head_dim
         return jnp.broadcast_to(jnp.eye(size), (self.spec.num_heads, size, size))
 
-    def window_weights(self, window: int) -> Float[Array, "B N W T"]:
-        """Softmax attention of the last `window` queries, causal, padding left out."""
+    @property
+    def seen_values(self) -> Float[Array, "B K S H"]:
+        """Values of what the window sees: the columns, behind them a probe's own tokens."""
+        if self.probe is None:
+            return self.v
+        return jnp.concatenate([self.v, self.probe.v.astype(self.v.dtype)], axis=2)
+
+    def window_weights(self, window: int) -> Float[Array, "B N W S"]:
+        """Softmax attention of the last `window` queries, causal, padding left out.
+
+        S is T, or T + Q with a probe, whose last queries are taken. Where there are fewer than
+        `window`, those that are missing weigh nothing, as do those before a row's start.
+
+        Raises:
+            ValueError: the layer holds more columns than queries, and fewer than `window`.
+        """
         return self.once(("window_weights", window), lambda: self._window_weights(window))
 
-    def _window_weights(self, window: int) -> Float[Array, "B N W T"]:
-        positions = self.positions[:, :, None]
-        distance = self.query_positions(window)[:, None, :, None] - positions
-        seen = (distance >= 0) & (positions >= 0)
-        if self.spec.window is not None:
-            seen &= distance < self.spec.window
+    def window_visible(self, window: int) -> Bool[Array, "B M W T"]:
+        """True where one of the last `window` queries may look."""
+        return self._seen(self.query_positions(window), self.positions)
+
+    def _window_weights(self, window: int) -> Float[Array, "B N W S"]:
+        q, k, positions, queries = self.q, self.k, self.positions, self.query_positions(window)
+        if self.probe is not None:
+            q, own = self.probe.q, jnp.arange(self.probe.q.shape[2])
+            queries = queries + own.size
+            k = jnp.concatenate([k, self.probe.k.astype(k.dtype)], axis=2)
+            queries = jnp.where(jnp.arange(window) >= window - own.size, queries, -1)
+            behind = jnp.broadcast_to(own, (*positions.shape[:2], own.size))
+            positions = jnp.concatenate([positions, self.lengths[:, None, None] + behind], axis=2)
+        elif q.shape[2] < min(window, self.columns):
+            raise ValueError(f"q: expected at least the last {window} queries, got {q.shape[2]}")
+        q = q[:, :, -window:]
+        q = jnp.pad(q, ((0, 0), (0, 0), (window - q.shape[2], 0), (0, 0)))
         return window_attention(
-            self.q[:, :, -window:],
-            self.k,
-            seen,
+            q,
+            k,
+            self._seen(queries, positions),
             scale=self.spec.scale,
             softcap=self.spec.softcap,
         )
+
+    def _seen(
+        self, queries: Int[Array, "B W"], positions: Int[Array, "B M S"]
+    ) -> Bool[Array, "B M W S"]:
+        distance = queries[:, None, :, None] - positions[:, :, None]
+        seen = (distance >= 0) & (positions[:, :, None] >= 0)
+        if self.spec.window is not None:
+            seen &= distance < self.spec.window
+        return seen
 
 
 def layer_inputs(
@@ -140,6 +204,7 @@ def layer_inputs(
     sliding_window: int | None = None,
     index: int | Int[Array, ""] = 0,
     num_layers: int = 1,
+    probe: Probe | None = None,
 ) -> LayerInputs:
     """Wraps one layer's arrays for `score`, `select` and `compress`.
 
@@ -154,6 +219,7 @@ def layer_inputs(
         sliding_window: of this layer, if it has one.
         index: which layer this is, for policies whose sets differ by layer.
         num_layers: layers of the model.
+        probe: queries from elsewhere that score, see `Probe`.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -188,4 +254,5 @@ def layer_inputs(
         w_o=w_o,
         index=index,
         num_layers=num_layers,
+        probe=probe,
     )

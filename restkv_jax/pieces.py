@@ -21,6 +21,8 @@ from restkv_jax.policies.base import ALL_QUERIES
 from restkv_jax.prefill import align_right, fill_layer, finish
 from restkv_jax.protocols import CausalLM, Projection, State
 
+_State = tuple[Int[Array, " B"], KVCache, tuple[KVCache, ...]]
+
 
 @functools.partial(jax.jit, static_argnames=("plans", "piece"))
 def prefill_chunked(
@@ -73,21 +75,23 @@ def prefill_chunked(
     )
 
     def keep(
-        layer: int | Array, q: Array, w_o: Array | Projection, caches: tuple[KVCache, ...]
-    ) -> tuple[Array, tuple[KVCache, ...]]:
+        layer: int | Array, q: Array, w_o: Array | Projection, state: _State
+    ) -> tuple[Array, _State]:
         """The end of a layer: what `attend` does in `prefill`, of what the pieces left behind."""
+        lengths, cache, caches = state
         static = layer if isinstance(layer, int) else 0
+        spec = specs[static].share(q.shape[2])
         index, row = cache.place(layer)
         stack = cache.stacks[index]
         last = stack.last_queries(row, lengths)
         inputs, _ = cache_inputs(
-            stack.layer(row), stack.heads, last, lengths, w_o, specs[static], layer, len(specs)
+            stack.layer(row), stack.heads, last, lengths, w_o, spec, layer, len(specs)
         )
         first = dataclasses.replace(inputs, carried=None)
         positions = inputs.query_positions(last.shape[2])
         filled = []
         for plan, into in zip(plans, caches, strict=True):
-            own = plan.for_layer(specs[static], columns)
+            own = plan.for_layer(spec, columns)
             where = (columns, static, len(specs))
             kept = compress(
                 own.policy,
@@ -97,10 +101,10 @@ def prefill_chunked(
                 heads=own.heads,
                 budgets_of=static,
             )
-            filled.append(fill_layer(into, layer, kept, last, positions, specs[static]))
-        return q, tuple(filled)
+            filled.append(fill_layer(into, layer, kept, last, positions, spec))
+        return q, (lengths, cache, tuple(filled))
 
-    caches = _end_of_layers(model, keep, caches)
+    *_, caches = _end_of_layers(model, keep, (lengths, cache, caches), batch=tokens.shape[0])
     return model.unembed(hidden).astype(jnp.float32), tuple(
         finish(cache, lengths) for cache in caches
     )
@@ -198,10 +202,12 @@ def _end_of_layers(
     model: CausalLM,
     keep: Callable[[int | Array, Array, Array | Projection, State], tuple[Array, State]],
     state: State,
+    *,
+    batch: int,
 ) -> State:
     """Runs `keep` once a layer with its output projection, which only the model's calls show.
 
-    The token that the model is called with is of no account: nothing uses what it computes, and
+    The tokens that the model is called with are of no account: nothing uses what it computes, and
     XLA leaves it out.
     """
 
@@ -211,5 +217,5 @@ def _end_of_layers(
         del k, v
         return keep(layer, q, w_o, state)
 
-    token = jnp.zeros((1, 1), jnp.int32)
+    token = jnp.zeros((batch, 1), jnp.int32)
     return model(token, token, attend, state)[1]

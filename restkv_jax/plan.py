@@ -91,6 +91,13 @@ class CachePlan:
             isinstance(self.budget, tuple | float) or self.layers != "uniform"
         ):
             raise ValueError("heads: frozen budgets are by layer already; give one whole budget")
+        if isinstance(self.heads, FrozenHeads):
+            least = min(min(heads) for heads in self.heads.slots)
+            if least < self.policy.protected:
+                raise ValueError(
+                    f"heads: a head with {least} slots does not hold the {self.policy.protected} "
+                    f"tokens that policy {self.policy.name!r} always keeps"
+                )
         if not self.policy.needs_budget:
             if self.budget is not None:
                 raise ValueError(f"budget: policy {self.policy.name!r} keeps everything")

@@ -13,11 +13,13 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.window_scores import output_factor
 from restkv_jax.cache import KVCache, init_cache
 from restkv_jax.compression import CompressedLayer, compress
-from restkv_jax.layer import LayerInputs
+from restkv_jax.layer import LayerInputs, Probe
 from restkv_jax.plan import CachePlan
 from restkv_jax.prompt_attention import causal_attention
 from restkv_jax.protocols import CausalLM, LayerSpec, Projection
 from restkv_jax.rerotation import rerotate
+
+_State = tuple[Int[Array, " B"], Int[Array, "B T"], tuple[KVCache, ...]]
 
 
 def align_right(
@@ -38,13 +40,14 @@ def align_right(
     return jnp.take_along_axis(tokens, source, axis=1), jnp.sum(valid, axis=1, dtype=jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("plans",))
+@functools.partial(jax.jit, static_argnames=("plans", "probe"))
 def prefill(
     model: CausalLM,
     tokens: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     *,
     plans: tuple[CachePlan, ...],
+    probe: int = 0,
 ) -> tuple[Float[Array, "B V"], tuple[KVCache, ...]]:
     """Runs the prompt once and fills one compressed cache for each plan.
 
@@ -58,19 +61,27 @@ def prefill(
             see `bucket_length`: each new one compiles).
         valid: True for tokens, one contiguous run of at least one in each row.
         plans: what to keep, static.
+        probe: static; the last tokens of each row, as many, only look at what comes before them,
+            such as a prompt to repeat it: policies with a window score by their queries, and the
+            logits and caches are those before them. 0 scores by the prompt's own last queries.
 
     Returns:
         Logits of each row's last token in float32, and a cache for each plan.
+
+    Raises:
+        ValueError: a probe that leaves no column of the prompt.
     """
+    if not 0 <= probe < tokens.shape[1]:
+        raise ValueError(f"probe: expected less than {tokens.shape[1]} columns, got {probe}")
     tokens, lengths = align_right(tokens, valid)
     batch, columns = tokens.shape
     positions = jnp.maximum(jnp.arange(columns) - (columns - lengths[:, None]), -1)
-    specs = model.layer_specs
+    specs, kept_columns = model.layer_specs, columns - probe
     caches = tuple(
-        init_cache(specs, plan, batch=batch, prompt_columns=columns, dtype=model.kv_dtype)
+        init_cache(specs, plan, batch=batch, prompt_columns=kept_columns, dtype=model.kv_dtype)
         for plan in plans
     )
-    alike = list(zip(*(plan.alike(columns, len(specs)) for plan in plans), strict=True))
+    alike = list(zip(*(plan.alike(kept_columns, len(specs)) for plan in plans), strict=True))
     # Layers whose budgets agree in all plans share one compiled unit of work.
     twins = [alike.index(key) for key in alike] if plans else [0] * len(specs)
 
@@ -80,8 +91,9 @@ def prefill(
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         w_o: Float[Array, "N H D"] | Projection,
-        caches: tuple[KVCache, ...],
-    ) -> tuple[Float[Array, "B T N H"], tuple[KVCache, ...]]:
+        state: _State,
+    ) -> tuple[Float[Array, "B T N H"], _State]:
+        lengths, positions, caches = state
         static = layer if isinstance(layer, int) else 0
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
         out, kept = _attend_and_evict(
@@ -91,20 +103,23 @@ def prefill(
             w_o,
             lengths,
             jnp.asarray(layer, jnp.int32),
-            spec=specs[static],
+            spec=specs[static].share(q.shape[1]),
             plans=plans,
             budgets_of=twins[static],
             num_layers=len(specs),
+            probe=probe,
         )
+        q, positions_kept = q[:, :, :kept_columns], positions[:, :kept_columns]
         caches = tuple(
-            fill_layer(cache, layer, entry, q, positions, specs[static])
+            fill_layer(cache, layer, entry, q, positions_kept, specs[static])
             for cache, entry in zip(caches, kept, strict=True)
         )
-        return jnp.swapaxes(out, 1, 2), caches
+        return jnp.swapaxes(out, 1, 2), (lengths, positions, caches)
 
-    hidden, caches = model(tokens, positions, attend, caches)
-    logits = model.unembed(hidden[:, -1]).astype(jnp.float32)
-    return logits, tuple(finish(cache, lengths) for cache in caches)
+    # All that `attend` reads is in its state, which a sharded model splits by rows and heads.
+    hidden, (_, _, caches) = model(tokens, positions, attend, (lengths, positions, caches))
+    logits = model.unembed(hidden[:, kept_columns - 1]).astype(jnp.float32)
+    return logits, tuple(finish(cache, lengths - probe) for cache in caches)
 
 
 def finish(cache: KVCache, lengths: Int[Array, " B"]) -> KVCache:
@@ -118,7 +133,7 @@ def finish(cache: KVCache, lengths: Int[Array, " B"]) -> KVCache:
     return cache.with_stack(0, dataclasses.replace(stack, used=used))
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "plans", "budgets_of", "num_layers"))
+@functools.partial(jax.jit, static_argnames=("spec", "plans", "budgets_of", "num_layers", "probe"))
 def _attend_and_evict(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K T H"],
@@ -131,6 +146,7 @@ def _attend_and_evict(
     plans: tuple[CachePlan, ...],
     budgets_of: int,
     num_layers: int,
+    probe: int,
 ) -> tuple[Float[Array, "B N T H"], tuple[CompressedLayer, ...]]:
     """One layer's attention, and what each plan keeps of its K/V, as one unit of work.
 
@@ -142,34 +158,39 @@ def _attend_and_evict(
     `budgets_of` is the layer whose budgets hold and static, `index` the layer itself and not: so
     layers that are alike are traced once.
     """
-    plans = tuple(plan.for_layer(spec, k.shape[2]) for plan in plans)
-    queries = min(max([1, *(plan.policy.query_rows for plan in plans)]), k.shape[2])
+    columns = k.shape[2] - probe
+    plans = tuple(plan.for_layer(spec, columns) for plan in plans)
+    queries = min(max([1, *(plan.policy.query_rows for plan in plans)]), columns)
 
     if not isinstance(w_o, Projection):
         w_o = Projection(w_o=w_o, factor=output_factor(w_o))
+
+    parts = slice(columns), slice(columns, None)
 
     def compute(
         q: Array, k: Array, v: Array, w_o: Projection, lengths: Array, index: Array
     ) -> tuple[Array, tuple[CompressedLayer, ...]]:
         out, log_sums = causal_attention(q, k, v, lengths, spec=spec)
+        before, behind = ([x[:, :, part] for x in (q, k, v)] for part in parts)
         inputs = LayerInputs(
-            q=q[:, :, -queries:],
-            k=k,
-            v=v,
+            q=before[0][:, :, -queries:],
+            k=before[1],
+            v=before[2],
             factor=w_o.factor,
-            lengths=lengths,
+            lengths=lengths - probe,
             spec=spec,
             w_o=w_o.w_o,
             index=index,
             num_layers=num_layers,
-            log_sums=log_sums[:, :, -queries:],
+            log_sums=log_sums[:, :, :columns][:, :, -queries:],
+            probe=Probe(q=behind[0], k=behind[1], v=behind[2]) if probe else None,
         )
         kept = tuple(
             compress(
                 plan.policy,
                 inputs,
                 capacity=plan.prompt_slots(inputs.columns, budgets_of, num_layers),
-                budget=plan.row_slots(lengths, inputs.columns, budgets_of, num_layers),
+                budget=plan.row_slots(inputs.lengths, inputs.columns, budgets_of, num_layers),
                 heads=plan.heads,
                 budgets_of=budgets_of,
             )

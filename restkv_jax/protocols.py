@@ -7,7 +7,8 @@ N query heads, K key/value heads, G = N / K, H head size, D model width, V vocab
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, TypeVar
+from collections.abc import Iterator
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
 from jaxtyping import Array, DTypeLike, Float, Int
@@ -28,6 +29,7 @@ class LayerSpec:
         window: sliding window, the query itself counted; None sees everything before it.
         rotary: angle per position of each rotated pair (i, i + H/2) of queries and keys. Only
             plans that count positions by slot need it.
+        head_axis: mesh axis that the heads are split over, None if every device has them all.
     """
 
     num_heads: int
@@ -37,11 +39,17 @@ class LayerSpec:
     softcap: float | None = None
     window: int | None = None
     rotary: tuple[float, ...] | None = None
+    head_axis: str | None = None
 
     @property
     def group_size(self) -> int:
         """G, the query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
+
+    def share(self, num_heads: int) -> LayerSpec:
+        """The layer as a device sees it that holds `num_heads` of its query heads."""
+        kv_heads = num_heads // self.group_size
+        return dataclasses.replace(self, num_heads=num_heads, num_kv_heads=kv_heads)
 
 
 @jax.tree_util.register_dataclass
@@ -127,4 +135,24 @@ class CausalLM(Protocol):
 
     def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32."""
+        ...
+
+
+@runtime_checkable
+class StagedLM(CausalLM, Protocol):
+    """A `CausalLM` that shows its residual stream, for measurements."""
+
+    def stages(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        attend: Attend[State],
+        state: State,
+    ) -> Iterator[tuple[Float[Array, "B T D"], State]]:
+        """The residual stream after each layer, then what `__call__` returns; arguments as there.
+
+        Yields:
+            Hidden states, and the state so far: one pair for each layer, and a last one after
+            the final norm.
+        """
         ...

@@ -12,9 +12,9 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_examples_run_and_mean_what_they_say(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict = {}
-    for block in blocks:
+    for block in blocks[:4]:
         exec(compile(block, str(README), "exec"), names)
     assert len(names["out"].rows()[0]) <= 16
     # 30 layers, 3 heads, 128 + 32 slots of 64, keys and values in float32
@@ -25,6 +25,11 @@ def test_examples_run_and_mean_what_they_say(capsys):
     np.testing.assert_array_equal(names["kept"].positions, names["columns"])
     assert np.isinf(names["importance"]).sum() == 2 * 32
     assert capsys.readouterr().out.count("\n") == 3
+    exec(compile(blocks[4], str(README), "exec"), names)
+    assert names["logprobs"].shape == names["answer"].shape
+    assert names["out"].cache.slots(0) == 128 + 32
+    assert len(names["out"].rows()[0]) == 200
+    assert {names["cache"].slots(layer) for layer in range(30)} == {128 + 256}
 
 
 def test_the_two_commands_come_first():

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments.core.errors import UserError
 from experiments.core.runner import Answer
@@ -21,6 +20,8 @@ from restkv_jax.decode import (
     Sampling,
     bucket_length,
     continue_from,
+    extend,
+    last_logits,
     pad_prompts,
     prefill,
     with_output_factors,
@@ -65,10 +66,12 @@ class EvictionEngine:
         stop_ids: tuple[int, ...],
         seed: int,
         min_new_tokens: int = 0,
+        context_tokens: int | None = None,
     ) -> dict[str, Answer]:
         """Answers one prompt by greedy decoding; see `experiments.core.runner.Engine`."""
         plans = tuple(self._plans[label] for label in policies)
-        tokens, valid = pad_prompts([prompt_ids])
+        tokens, valid = pad_prompts([prompt_ids[:context_tokens]])
+        question = [] if context_tokens is None else prompt_ids[context_tokens:]
         start = time.perf_counter()
         logits, caches = jax.block_until_ready(prefill(self._model, tokens, valid, plans=plans))
         prefill_s = time.perf_counter() - start
@@ -76,9 +79,12 @@ class EvictionEngine:
         for label, plan, cache in zip(policies, plans, caches, strict=True):
             kept, held = _kept_slots(cache), cache.total_bytes
             start = time.perf_counter()
+            after, cache = self._ask(question, logits, cache)
+            asked_s = time.perf_counter() - start
+            start = time.perf_counter()
             out = continue_from(
                 self._model,
-                logits,
+                after,
                 cache,
                 headroom=plan.headroom,
                 max_new_tokens=max_new_tokens,
@@ -88,8 +94,27 @@ class EvictionEngine:
                 chunk=_CHUNK,
             )
             decode_s = time.perf_counter() - start
-            answers[label] = Answer(out.rows()[0], prefill_s, decode_s, kept, held)
+            answers[label] = Answer(out.rows()[0], prefill_s + asked_s, decode_s, kept, held)
         return answers
+
+    def _ask(
+        self, question: list[int], logits: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """Feeds a question, possibly none; the logits [1, V] that follow, and the cache."""
+        # A cache that evicts while decoding takes so many tokens at once; others have the room.
+        most = cache.room if cache.eviction is not None else None
+        for start in range(0, len(question), most or len(question) or 1):
+            piece = question[start:][:most]
+            columns = min(bucket_length(len(piece)), most or sys.maxsize)
+            tokens, valid = pad_prompts([piece], columns=columns)
+            after, cache = jax.block_until_ready(extend(self._model, cache, tokens, valid))
+            logits = last_logits(after, jnp.asarray(valid))
+        return logits, cache
+
+
+def question_room(longest: int) -> int:
+    """Headroom that a question of so many tokens needs, padding included."""
+    return bucket_length(longest) if longest else 0
 
 
 def check_fit(
@@ -124,15 +149,6 @@ def check_fit(
             f"{weights_bytes / 1e9:.2f} GB do not fit into {available / 1e9:.2f} GB of memory; the "
             f"largest cache is that of {largest} with {sizes[largest] / 1e9:.2f} GB"
         )
-
-
-def weights_fingerprint(model: CausalLM) -> str:
-    """A short hash of every weight's shape, type and first values."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(model):
-        digest.update(f"{leaf.shape}{leaf.dtype}".encode())
-        digest.update(np.asarray(jnp.ravel(leaf)[:64]).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _kept_slots(cache: KVCache) -> float:

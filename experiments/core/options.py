@@ -118,12 +118,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def add_common_options(parser: argparse.ArgumentParser, *, default_data: str) -> None:
+def add_common_options(
+    parser: argparse.ArgumentParser, *, default_data: str, data_help: str
+) -> None:
     """Adds the options that every runner has, in the groups that `--help` shows.
 
     Args:
         parser: the runner's parser.
         default_data: value of `--data` when it is not given.
+        data_help: what `--data` may be.
     """
     what = parser.add_argument_group("what is run")
     what.add_argument(
@@ -136,7 +139,7 @@ def add_common_options(parser: argparse.ArgumentParser, *, default_data: str) ->
         "--data",
         metavar="SOURCE",
         default=default_data,
-        help=f"a folder of official files, 'hub', or 'offline' (default: {default_data})",
+        help=f"{data_help} (default: {default_data})",
     )
     what.add_argument(
         "--limit",
@@ -151,7 +154,9 @@ def add_common_options(parser: argparse.ArgumentParser, *, default_data: str) ->
         action="append",
         type=parse_policy,
         help="NAME or NAME:key=value,key=value; repeat it to compare several, one prefill serves "
-        f"them all (default: {', '.join(DEFAULT_POLICIES)})",
+        "them all; options of the cache stand there too: budget, layers=pyramid, heads=adakv or "
+        "shared, decode_budget, evict_every, rope=slot, storage=int8 "
+        f"(default: {', '.join(DEFAULT_POLICIES)})",
     )
     how.add_argument(
         "--budget",
@@ -162,13 +167,6 @@ def add_common_options(parser: argparse.ArgumentParser, *, default_data: str) ->
         "(default: 128)",
     )
     run = parser.add_argument_group("how it is run")
-    run.add_argument(
-        "--max-length",
-        metavar="T",
-        type=count_of("--max-length", 16),
-        help="longest prompt in tokens, longer ones lose their middle (default: what the model "
-        "holds)",
-    )
     run.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),

@@ -7,9 +7,24 @@ import typing
 from typing import Any
 
 from experiments.core.errors import UserError
-from experiments.core.options import Budget, PolicyText
-from restkv_jax.decode import POLICIES, CachePlan, Policy
+from experiments.core.options import Budget, PolicyText, parse_budget
+from restkv_jax.decode import POLICIES, AdaKV, CachePlan, HeadAllocation, Policy, SharedBudget
 from restkv_jax.policies import PRESETS
+
+ALLOCATIONS: dict[str, type[HeadAllocation]] = {
+    allocation.name: allocation for allocation in (AdaKV, SharedBudget)
+}
+
+# What is written behind a policy's name, but belongs to the cache and not to the policy.
+PLAN_OPTIONS: dict[str, type] = {
+    "budget": str,
+    "layers": str,
+    "heads": str,
+    "decode_budget": int,
+    "evict_every": int,
+    "rope": str,
+    "storage": str,
+}
 
 
 def make_policy(text: PolicyText) -> Policy:
@@ -36,7 +51,7 @@ def make_policy(text: PolicyText) -> Policy:
     values = {}
     for key, value in options.items():
         if key not in known:
-            choices = ", ".join([*known, *(["preset"] if presets else [])]) or "none"
+            choices = ", ".join([*known, *(["preset"] if presets else []), *PLAN_OPTIONS])
             raise UserError(f"--policy {text.name}: unknown option {key!r}; known are {choices}")
         values[key] = _read(text.name, key, value, types[key])
     try:
@@ -48,18 +63,53 @@ def make_policy(text: PolicyText) -> Policy:
 def make_plan(text: PolicyText, budget: Budget, *, headroom: int) -> CachePlan:
     """The cache plan of a policy under the run's budget; `full` takes none.
 
+    Options of the plan itself stand among those of the policy, see `PLAN_OPTIONS`.
+
     Raises:
         UserError: as `make_policy`, and for a budget that the policy cannot meet.
     """
-    policy = make_policy(text)
+    own = {key: value for key, value in text.options if key in PLAN_OPTIONS}
+    rest = tuple((key, value) for key, value in text.options if key not in PLAN_OPTIONS)
+    policy = make_policy(dataclasses.replace(text, options=rest))
+    if "budget" in own:
+        budget = parse_budget(own.pop("budget"))
+    options = {key: _read(text.name, key, value, PLAN_OPTIONS[key]) for key, value in own.items()}
+    if "heads" in options:
+        if options["heads"] not in ALLOCATIONS:
+            raise UserError(
+                f"--policy {text.name}: heads={options['heads']}: expected one of "
+                f"{', '.join(ALLOCATIONS)}"
+            )
+        options["heads"] = ALLOCATIONS[options["heads"]]()
     try:
         return CachePlan(
             policy=policy,
             budget=budget.value if policy.needs_budget else None,
             headroom=headroom,
+            **options,
         )
     except ValueError as error:
         raise UserError(f"--budget {budget} for --policy {text.label}: {error}") from None
+
+
+def describe_plan(plan: CachePlan) -> dict[str, Any]:
+    """What a configuration has to say of a plan, as plain JSON values.
+
+    The policy's options and the budget always; of the cache's options those that were changed.
+    """
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(CachePlan):
+        value = getattr(plan, field.name)
+        if field.name in PLAN_OPTIONS and field.name != "budget" and value != field.default:
+            changed[field.name] = value
+    if plan.heads is not None:
+        changed["heads"] = {"name": plan.heads.name, **dataclasses.asdict(plan.heads)}
+    return {
+        "name": plan.policy.name,
+        **dataclasses.asdict(plan.policy),
+        "budget": plan.budget,
+        **changed,
+    }
 
 
 def _read(policy: str, key: str, text: str, kind: Any) -> Any:

@@ -1,9 +1,9 @@
 """The results folder of a run: rows, scores and what they were made with.
 
-    <out>/pred/<policy>/<set>.jsonl     {pred, answers, all_classes, length, _id, index} per row
+    <out>/pred/<policy>/<set>.jsonl     a line for each row, in the benchmark's own format
     <out>/pred/<policy>/result.json     {set: score}, as the official scorer writes it
     <out>/timing/<policy>/<set>.jsonl   per row: seconds, cache bytes, kept slots, tokens
-    <out>/result.json                   scores, standard errors and n of all policies
+    <out>/result.json                   scores of all policies, errors, n, paired differences
     <out>/run_meta.json                 settings, versions, device, commit, seconds
     <out>/table.md                      the tables that were printed
 
@@ -17,16 +17,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import re
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.core.errors import UserError
 from experiments.core.storage import RowFile, dump_json, locked, write_atomic
 from experiments.core.tasks import Row
+from experiments.core.uncertainty import Average, Scores, summarise
+
+# (row, its number, prediction) -> a line of a prediction file; "pred" must be the prediction.
+Record = Callable[[Row, int, str], dict[str, Any]]
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
@@ -54,7 +56,7 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def prediction_row(row: Row, index: int, prediction: str) -> dict[str, Any]:
-    """One line of a prediction file: the official fields, the row's id and its number."""
+    """A line in LongBench's format: the official fields, the row's id and its number."""
     return {
         "pred": prediction,
         "answers": list(row.answers),
@@ -71,26 +73,32 @@ class ResultStore:
     Use `ResultStore.open`, which takes the lock and refuses another configuration's folder.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], record: Record = prediction_row
+    ) -> None:
         self.folder = folder
+        self._record = record
         # As JSON gives it back, so that tuples and lists compare equal on the next run.
         self.config: dict[str, Any] = json.loads(json.dumps(config))
         self._counts: dict[tuple[str, str], int] = {}
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, folder: Path, config: Mapping[str, Any]) -> Iterator[ResultStore]:
+    def open(
+        cls, folder: Path, config: Mapping[str, Any], record: Record = prediction_row
+    ) -> Iterator[ResultStore]:
         """Opens a run's folder, new or to be resumed.
 
         Args:
             folder: the output folder.
             config: everything that influences a prediction, as plain JSON values.
+            record: the format of the prediction files.
 
         Raises:
             UserError: if the folder is in use, or holds another configuration or other files.
         """
         with locked(folder):
-            store = cls(folder, config)
+            store = cls(folder, config, record)
             store._check_config()
             yield store
 
@@ -105,7 +113,7 @@ class ResultStore:
             stored = self._predictions(policy, set_name).load()
             for index, record in enumerate(stored):
                 if index >= len(rows) or (
-                    record != prediction_row(rows[index], index, str(record.get("pred")))
+                    record != self._record(rows[index], index, str(record.get("pred")))
                 ):
                     raise UserError(
                         f"{self._predictions(policy, set_name).path}, line {index + 1}: is not "
@@ -124,7 +132,7 @@ class ResultStore:
         """
         index = self._counts[policy, set_name]
         self._timings(policy, set_name).append({"index": index, **timing})
-        self._predictions(policy, set_name).append(prediction_row(row, index, prediction))
+        self._predictions(policy, set_name).append(self._record(row, index, prediction))
         self._counts[policy, set_name] = index + 1
 
     def predictions(self, policy: str, set_name: str) -> list[dict[str, Any]]:
@@ -137,24 +145,19 @@ class ResultStore:
         by_index = {row["index"]: row for row in self._timings(policy, set_name).load()}
         return [by_index[i] for i in range(self._counts[policy, set_name]) if i in by_index]
 
-    def write_result(self, scores: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
-        """Writes `result.json` from the rows' scores.
+    def write_result(self, scores: Scores, averages: Sequence[Average] = ()) -> dict[str, Any]:
+        """Writes `result.json` from the rows' scores, and each policy's own for official tools.
 
         Args:
             scores: policy -> set -> score of each row, 0 to 100.
+            averages: means over sets that are wanted.
 
         Returns:
-            {"score": .., "standard_error": .., "n": ..}, each policy -> set -> number. The
-            standard error is the sample standard deviation over sqrt(n), null for n = 1.
+            See `uncertainty.summarise`.
         """
-        result: dict[str, Any] = {"score": {}, "standard_error": {}, "n": {}}
-        for policy, sets in scores.items():
-            result["score"][policy] = {k: round(statistics.fmean(v), 2) for k, v in sets.items()}
-            result["standard_error"][policy] = {k: standard_error(v) for k, v in sets.items()}
-            result["n"][policy] = {k: len(v) for k, v in sets.items()}
-            write_atomic(
-                self.folder / "pred" / policy / "result.json", dump_json(result["score"][policy])
-            )
+        result = summarise(scores, averages)
+        for policy, score in result["score"].items():
+            write_atomic(self.folder / "pred" / policy / "result.json", dump_json(score))
         write_atomic(self.folder / "result.json", dump_json(result))
         return result
 
@@ -193,10 +196,3 @@ class ResultStore:
 
     def _timings(self, policy: str, set_name: str) -> RowFile:
         return RowFile(self.folder / "timing" / policy / f"{set_name}.jsonl")
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Standard error of the mean with 2 decimals; None below two values."""
-    if len(values) < 2:
-        return None
-    return round(statistics.stdev(values) / math.sqrt(len(values)), 2)

@@ -78,6 +78,7 @@ class Engine(Protocol):
         stop_ids: tuple[int, ...],
         seed: int,
         min_new_tokens: int = 0,
+        context_tokens: int | None = None,
     ) -> Mapping[str, Answer]:
         """Answers one prompt.
 
@@ -88,6 +89,8 @@ class Engine(Protocol):
             stop_ids: tokens that end the generation.
             seed: of sampling, if there is any.
             min_new_tokens: tokens to generate before a stop token counts.
+            context_tokens: compress the cache of this many first tokens, then feed the rest;
+                None compresses with the whole prompt in sight.
 
         Returns:
             An answer for each label in `policies`.
@@ -105,53 +108,79 @@ class Prompting:
             published ReST-KV scripts do: no template but `[INST] .. [/INST]` for Llama-2 style
             models, put around before truncation and for every set; only the end-of-sequence
             token stops, and never as the first token.
-        max_length: longest prompt in tokens before the chat template.
+        max_length: longest prompt in tokens before the chat template; longer ones lose their
+            middle. None leaves prompts as they are.
         eos_ids: the end-of-sequence token.
         turn_end_ids: tokens that end a chat turn.
         inst_style: the model is of the Llama-2 chat style; used by "released" only.
+        query_agnostic: contexts are compressed before the question is seen.
     """
 
     protocol: ProtocolName
-    max_length: int
+    max_length: int | None
     eos_ids: tuple[int, ...]
     turn_end_ids: tuple[int, ...] = ()
     inst_style: bool = False
+    query_agnostic: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt ready for the engine."""
+    """A prompt ready for the engine.
+
+    Attributes:
+        ids: its tokens, the same whether the question is set apart or not.
+        stop_ids: tokens that end the generation.
+        min_new_tokens: tokens to generate before they count.
+        context_tokens: how many first tokens would be the same without the question; None if
+            that is of no interest.
+    """
 
     ids: list[int]
     stop_ids: tuple[int, ...]
     min_new_tokens: int
+    context_tokens: int | None = None
 
 
 def build_prompt(row: Row, spec: SetSpec, tokenizer: Tokenizer, prompting: Prompting) -> Prompt:
     """Fills, truncates, wraps and tokenises a row's prompt.
 
     Raises:
-        UserError: if nothing is left to ask.
+        UserError: if nothing is left to ask, or truncation met the question that is to be set
+            apart.
     """
-    text = fill_prompt(spec.prompt, row)
+    text, question = fill_prompt(spec.prompt, row), fill_prompt(spec.question, row)
     released = prompting.protocol == "released"
     if released and prompting.inst_style:
-        text = f"[INST] {text} [/INST]"
-    text = truncate_middle(text, prompting.max_length, tokenizer.encode, tokenizer.decode)
-    if not released and spec.chat and tokenizer.has_chat_template:
-        # The template writes the beginning-of-sequence token itself where the model wants one.
-        chat = tokenizer.apply_chat([{"role": "user", "content": text}])
-        ids = tokenizer.encode(chat, add_bos=False)
-    else:
-        ids = tokenizer.encode(text)
+        text, question = f"[INST] {text} [/INST]", f"{question} [/INST]"
+    if prompting.max_length is not None:
+        text = truncate_middle(text, prompting.max_length, tokenizer.encode, tokenizer.decode)
+
+    def encode(text: str, prefix: str) -> list[int]:
+        if not released and spec.chat and tokenizer.has_chat_template:
+            # The template writes the beginning-of-sequence token itself where one is wanted.
+            chat = tokenizer.apply_chat([{"role": "user", "content": text}])
+            return tokenizer.encode(chat + prefix, add_bos=False)
+        return tokenizer.encode(f"{text}\n{prefix}" if prefix else text)
+
+    ids = encode(text, row.answer_prefix)
     if not ids:
         raise UserError(f"set {spec.name}: a row makes an empty prompt")
+    context_tokens = None
+    if prompting.query_agnostic:
+        if not text.endswith(question):
+            raise UserError(f"set {spec.name}: truncation cuts a question; it must stay whole")
+        # Tokens that are the same with and without a question say nothing of it.
+        context_tokens = _shared(ids, encode(text[: len(text) - len(question)], ""))
+        if not context_tokens:
+            raise UserError(f"set {spec.name}: a row's context and question share their tokens")
     if released:
-        return Prompt(ids, prompting.eos_ids, 1)
+        return Prompt(ids, prompting.eos_ids, 1, context_tokens)
     stop_ids = {*prompting.eos_ids, *prompting.turn_end_ids}
     if spec.stop_at_newline:
         stop_ids.add(tokenizer.encode("\n", add_bos=False)[-1])
-    return Prompt(ids, tuple(sorted(stop_ids)), 1 if spec.stop_at_newline else 0)
+    least = 1 if spec.stop_at_newline else 0
+    return Prompt(ids, tuple(sorted(stop_ids)), least, context_tokens)
 
 
 def row_seed(seed: int, set_name: str, index: int) -> int:
@@ -209,6 +238,7 @@ def evaluate(
                 stop_ids=prompt.stop_ids,
                 seed=row_seed(seed, spec.name, index),
                 min_new_tokens=prompt.min_new_tokens,
+                context_tokens=prompt.context_tokens,
             )
             for policy in todo:
                 answer = answers[policy]
@@ -225,7 +255,7 @@ def score_run(
     store: ResultStore,
     score: Score,
 ) -> dict[str, dict[str, list[float]]]:
-    """Scores a finished run from its files alone.
+    """Scores a finished run from its files.
 
     Args:
         sets: the sets.
@@ -239,13 +269,21 @@ def score_run(
     return {
         policy: {
             task.spec.name: [
-                score(task.spec, row["pred"], row["answers"], row["all_classes"])
-                for row in store.predictions(policy, task.spec.name)
+                score(task.spec, stored["pred"], row.answers, row.all_classes)
+                for row, stored in zip(
+                    task.rows, store.predictions(policy, task.spec.name), strict=True
+                )
             ]
             for task in sets
         }
         for policy in policies
     }
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many first items two sequences have in common."""
+    different = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(different, min(len(a), len(b)))
 
 
 def _timing(answer: Answer, prompt_tokens: int) -> dict[str, Any]:

@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from experiments.core.progress import RunProgress
-from experiments.core.results import ResultStore
+from experiments.core.results import Record, ResultStore, prediction_row
 from experiments.core.runner import Engine, Prompting, Score, Tokenizer, evaluate, score_run
 from experiments.core.storage import write_atomic
-from experiments.core.table import TextTable, cost_table, markdown, score_table
+from experiments.core.table import (
+    TextTable,
+    cost_table,
+    difference_table,
+    markdown,
+    score_table,
+)
 from experiments.core.tasks import TaskSet
+from experiments.core.uncertainty import Average
 
 
 def describe_sets(sets: Sequence[TaskSet]) -> dict[str, Any]:
@@ -46,6 +53,8 @@ def run_session(
     prompting: Prompting,
     score: Score,
     seed: int,
+    averages: Sequence[Average] = (),
+    record: Record = prediction_row,
     progress: RunProgress | None = None,
 ) -> list[TextTable]:
     """Runs, or goes on with, one evaluation.
@@ -63,15 +72,18 @@ def run_session(
         prompting: how rows become prompts.
         score: scores one prediction.
         seed: base of the rows' seeds.
+        averages: means over sets that the results hold.
+        record: format of the prediction files.
         progress: shows the progress; a default one if None.
 
     Returns:
-        The score table and the cost table, which are also in the folder.
+        Tables of scores, of differences between policies, and of costs. The folder's `table.md`
+        has them too, with the differences of each set where there are averages.
 
     Raises:
         UserError: if the folder is in use, holds another configuration, or cannot be written.
     """
-    with ResultStore.open(folder, config) as store:
+    with ResultStore.open(folder, config, record) as store:
         before = store.read_meta().get("sessions", [])
         started = time.monotonic()
         session: dict[str, Any] = {
@@ -108,7 +120,7 @@ def run_session(
                         progress=shown,
                         seed=seed,
                     )
-            tables = _report(folder, store, title, sets, policies, score)
+            tables = _report(folder, store, title, sets, policies, score, averages)
             finished = True
         finally:
             # Also after Ctrl-C: the seconds of every session add up.
@@ -123,12 +135,15 @@ def _report(
     sets: Sequence[TaskSet],
     policies: Sequence[str],
     score: Score,
+    averages: Sequence[Average],
 ) -> list[TextTable]:
-    result = store.write_result(score_run(sets, policies, store, score))
+    result = store.write_result(score_run(sets, policies, store, score), averages)
     timings = {
         policy: [row for task in sets for row in store.timings(policy, task.spec.name)]
         for policy in policies
     }
-    tables = [score_table(title, result), cost_table(timings)]
-    write_atomic(folder / "table.md", markdown(tables))
-    return tables
+    scores, costs = score_table(title, result), cost_table(timings)
+    of_sets = [difference_table(result, "sets")] if len(policies) > 1 else []
+    of_averages = [difference_table(result, "averages")] if of_sets and averages else []
+    write_atomic(folder / "table.md", markdown([scores, *of_averages, *of_sets, costs]))
+    return [scores, *(of_averages or of_sets), costs]

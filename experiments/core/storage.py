@@ -18,7 +18,7 @@ except ImportError:  # Windows: no advisory locks of this kind, so none is taken
     fcntl = None  # type: ignore[assignment]
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a whole file so that readers, and kills, see the old one or the new one.
 
     Raises:
@@ -28,8 +28,8 @@ def write_atomic(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes the file private; a result is as readable as any other file.

@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from rich import box
 from rich.console import Console
@@ -23,25 +23,40 @@ class TextTable:
 
 
 def score_table(title: str, result: Mapping[str, Any]) -> TextTable:
-    """Set x policy: score and standard error, and the mean over the sets.
+    """Set x policy: score and standard error; then the averages.
 
     Args:
         title: what the scores are. Scores of the offline suite must not be called LongBench's.
         result: the content of `result.json`.
     """
     policies = list(result["score"])
-    sets = list(result["score"][policies[0]])
     rows = []
-    for name in sets:
-        n = result["n"][policies[0]][name]
+    for name, n in result["n"][policies[0]].items():
         cells = [
             _score(result["score"][p][name], result["standard_error"][p][name]) for p in policies
         ]
         rows.append((name, str(n), *cells))
-    if len(sets) > 1:
-        means = [f"{statistics.fmean(result['score'][p].values()):.2f}" for p in policies]
-        rows.append(("mean of sets", "", *means))
+    for name, average in result["averages"].items():
+        cells = [_score(average["score"][p], average["standard_error"][p]) for p in policies]
+        rows.append((name, "", *cells))
     return TextTable(title, ("set", "n", *policies), tuple(rows))
+
+
+def difference_table(result: Mapping[str, Any], of: Literal["sets", "averages"]) -> TextTable:
+    """What each policy gains on each earlier one on the same rows, with the interval.
+
+    Args:
+        result: the content of `result.json`.
+        of: differences of each set, or of the averages.
+    """
+    rows = [
+        (name, f"{pair['policy']} - {pair['against']}", str(entry["n"]), *_difference(entry))
+        for name in (result["paired"][0][of] if result["paired"] else ())
+        for pair in result["paired"]
+        for entry in (pair[of][name],)
+    ]
+    columns = ("set", "policies", "n", "difference", "95 % interval")
+    return TextTable(f"paired differences, {of}", columns, tuple(rows))
 
 
 def cost_table(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> TextTable:
@@ -119,3 +134,8 @@ def markdown(tables: Sequence[TextTable]) -> str:
 
 def _score(score: float, error: float | None) -> str:
     return f"{score:.2f}" if error is None else f"{score:.2f} ± {error:.2f}"
+
+
+def _difference(entry: Mapping[str, Any]) -> tuple[str, str]:
+    interval = "-" if entry["low"] is None else f"{entry['low']:+.2f} to {entry['high']:+.2f}"
+    return f"{entry['difference']:+.2f}", interval

@@ -6,22 +6,25 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 _FIELD = re.compile(r"\{(context|input)\}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One question in LongBench's row format.
+    """One question about a long text.
 
     Attributes:
         input: the question, possibly empty when the set's prompt says it all.
         context: the long text.
-        answers: the accepted answers, at least one; a prediction gets its best score over them.
-        length: size of the row in words, as its source counts them.
+        answers: the expected answers, at least one; the set's metric says what they count.
+        length: size of the row as its source counts it: words in LongBench, tokens in RULER.
         all_classes: the labels of a classification set, else None.
         row_id: the source's identifier, or None.
+        answer_prefix: how the answer begins; the model goes on from there.
+        others: what else is known of the row, as plain JSON values, or None.
     """
 
     input: str
@@ -30,6 +33,8 @@ class Row:
     length: int
     all_classes: tuple[str, ...] | None = None
     row_id: str | None = None
+    answer_prefix: str = ""
+    others: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +45,7 @@ class SetSpec:
         name: the set's name, also its file name.
         prompt: template with the fields `{context}` and `{input}`.
         max_new_tokens: length of the generation.
-        metric: key of the metric (see `experiments.longbench.metrics.METRICS`).
+        metric: name of the metric, for the benchmark's scorer.
         chat: False keeps the prompt free of the chat template (few-shot and completion sets).
         first_line_only: score the first non-empty line of the prediction only.
         stop_at_newline: end the generation at the first newline.
@@ -57,6 +62,11 @@ class SetSpec:
     def __post_init__(self) -> None:
         if "{context}" not in self.prompt:
             raise ValueError(f"the prompt of set {self.name!r} has no {{context}} field")
+
+    @property
+    def question(self) -> str:
+        """The part of the template that follows the context."""
+        return self.prompt.partition("{context}")[2]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,21 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments.core.errors import UserError
 from experiments.core.options import Parser, add_common_options, count_of
+from experiments.core.runner import Prompting
 from experiments.core.tasks import SetSpec, TaskSet
 from experiments.longbench.data import load_folder, load_hub
 from experiments.longbench.offline import OFFLINE_SETS, build_suite
 from experiments.longbench.sets import LONGBENCH_SETS, official_prompts
+
+if TYPE_CHECKING:  # options are read, and complained of, before JAX is imported
+    from models import LanguageModel
+
+# The chat template's own tokens come on top of a prompt of `--max-length`.
+TEMPLATE_ROOM = 256
 
 _EPILOG = """\
 examples:
@@ -40,12 +48,29 @@ def build_parser() -> Parser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_common_options(parser, default_data="offline")
+    add_common_options(
+        parser,
+        default_data="offline",
+        data_help="a folder of official files, 'hub', or 'offline'",
+    )
+    add_set_options(parser)
+    return parser
+
+
+def add_set_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what `load_sets` and the prompts need beside the common options."""
     group = parser.add_argument_group("LongBench")
     group.add_argument(
         "--sets",
         metavar="A,B",
         help="sets to ask, separated by commas (default: all that the data holds)",
+    )
+    group.add_argument(
+        "--max-length",
+        metavar="T",
+        type=count_of("--max-length", 16),
+        help="longest prompt in tokens, longer ones lose their middle (default: what the model "
+        "holds)",
     )
     group.add_argument(
         "--protocol",
@@ -75,7 +100,19 @@ def build_parser() -> Parser:
         default=4,
         help="rows in each set of the offline suite (default: 4)",
     )
-    return parser
+
+
+def prompting_of(
+    args: argparse.Namespace, language_model: LanguageModel, max_length: int
+) -> Prompting:
+    """How rows become prompts of at most `max_length` tokens, see `longest_text`."""
+    return Prompting(
+        protocol=args.protocol,
+        max_length=max_length,
+        eos_ids=language_model.eos_ids,
+        turn_end_ids=language_model.turn_end_ids,
+        inst_style="llama-2" in language_model.name.lower(),
+    )
 
 
 def choose_specs(text: str | None, known: dict[str, SetSpec]) -> list[SetSpec]:
@@ -136,3 +173,12 @@ def _with_prompts(specs: Sequence[SetSpec], prompts: str) -> list[SetSpec]:
         return list(specs)
     official = official_prompts([spec.name for spec in specs])
     return [official[spec.name] for spec in specs]
+
+
+def longest_text(args: argparse.Namespace, context: int | None) -> int:
+    """Longest prompt: what is asked for, else what the model holds beside an answer."""
+    if args.max_length is not None:
+        if context is not None and args.max_length > context:
+            raise UserError(f"--max-length {args.max_length}: the model holds {context} tokens")
+        return args.max_length
+    return 4096 if context is None else max(context - 2 * TEMPLATE_ROOM, context // 2)

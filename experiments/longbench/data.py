@@ -6,15 +6,13 @@ Which file of a folder serves a set, the first that exists: `<set>.jsonl`, `<set
 
 from __future__ import annotations
 
-import gzip
-import json
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.core.errors import UserError
+from experiments.core.files import fetch_hub_file, parse_jsonl, read_bytes
 from experiments.core.tasks import Row, SetSpec, TaskSet
 
 HUB_DATA_SET = "THUDM/LongBench"
@@ -75,23 +73,13 @@ def parse_rows(text: bytes, spec: SetSpec, where: str) -> tuple[Row, ...]:
     Raises:
         UserError: at the first broken line, naming file, line and field; or without any row.
     """
-    rows = []
-    for number, line in enumerate(text.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_row(json.loads(line.decode("utf-8")))
-            _check_for_metric(row, spec)
-        except UnicodeDecodeError:
-            raise UserError(f"{where}, line {number}: not UTF-8 text") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}, line {number}: not JSON ({error.msg})") from None
-        except ValueError as error:
-            raise UserError(f"{where}, line {number}: {error}") from None
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{where}: holds no rows")
-    return tuple(rows)
+
+    def parse(record: Any) -> Row:
+        row = parse_row(record)
+        _check_for_metric(row, spec)
+        return row
+
+    return parse_jsonl(text, parse, where)
 
 
 def load_folder(
@@ -118,7 +106,7 @@ def load_folder(
             if explicit:
                 raise UserError(f"--data {folder}: no file for set {spec.name} ({spec.name}.jsonl)")
             continue
-        rows = parse_rows(_read(path), spec, str(path))
+        rows = parse_rows(read_bytes(path), spec, str(path))
         loaded.append(TaskSet(spec=spec, rows=rows[:limit], source=path.name))
     if not loaded:
         raise UserError(f"--data {folder}: no LongBench file there (such as hotpotqa.jsonl)")
@@ -131,18 +119,11 @@ def load_hub(specs: Sequence[SetSpec], *, limit: int | None = None) -> list[Task
     Raises:
         UserError: if it cannot be downloaded, or lacks a set.
     """
-    import huggingface_hub
-
-    huggingface_hub.utils.logging.set_verbosity_error()  # its retries; the cause follows below
-    try:
-        archive_path = huggingface_hub.hf_hub_download(HUB_DATA_SET, HUB_FILE, repo_type="dataset")
-    # The client lets exceptions of several HTTP libraries through; the user's cure is one.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"--data hub: cannot download {HUB_FILE} of {HUB_DATA_SET} ({reason}); "
-            "offline, use --data DIR with the official files, or --data offline"
-        ) from error
+    archive_path = fetch_hub_file(
+        HUB_DATA_SET,
+        HUB_FILE,
+        instead="use --data DIR with the official files, or --data offline",
+    )
     loaded = []
     try:
         with zipfile.ZipFile(archive_path) as archive:
@@ -171,13 +152,3 @@ def _check_for_metric(row: Row, spec: SetSpec) -> None:
         raise ValueError("field 'all_classes' must be a non-empty list of strings")
     if spec.metric == "retrieval" and not all("Paragraph " in a for a in row.answers):
         raise ValueError("field 'answers' names no paragraph (such as 'Paragraph 7')")
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path) as file:
-                return file.read()
-        return path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error

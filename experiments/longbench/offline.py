@@ -19,8 +19,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from experiments.core.fitting import fit_units
 from experiments.core.tasks import Row, SetSpec, TaskSet, fill_prompt
-from experiments.longbench.fitting import fit_units
 from experiments.longbench.offline_tasks import MAKERS, CountTokens
 
 OFFLINE_SETS: dict[str, SetSpec] = {

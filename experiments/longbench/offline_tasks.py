@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from experiments.core.errors import UserError
+from experiments.core.fitting import last_good
 from experiments.core.tasks import Row
-from experiments.longbench.fitting import last_good
 from experiments.longbench.stdlib_text import code_files, prose_sentences
 
 CountTokens = Callable[[str], int]

@@ -5,6 +5,7 @@ from pallas_kernels.window_scores.reference import (
     output_factor,
     per_query_reconstruction,
     window_attention,
+    window_logits,
     window_outputs,
 )
 
@@ -13,5 +14,6 @@ __all__ = [
     "output_factor",
     "per_query_reconstruction",
     "window_attention",
+    "window_logits",
     "window_outputs",
 ]

@@ -38,7 +38,7 @@ def output_factor(w_o: Float[Array, "N H D"]) -> Float[Array, "N H R"]:
     return jnp.linalg.qr(w_o.mT, mode="r").mT
 
 
-def window_attention(
+def window_logits(
     q: Float[Array, "B N W H"],
     k: Float[Array, "B K T H"],
     visible: Bool[Array, "B M W T"],
@@ -46,7 +46,7 @@ def window_attention(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "B N W T"]:
-    """Softmax weights of the window's queries over all keys; rows that see nothing are 0.
+    """Attention logits of the window's queries over all keys, float32, -inf where not visible.
 
     Args:
         q: the window's queries.
@@ -60,7 +60,22 @@ def window_attention(
     logits = scale * jnp.einsum("bkgwh,bkth->bkgwt", grouped, k, preferred_element_type=jnp.float32)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(visible[:, :, None], logits, -jnp.inf).reshape(batch, heads, window, -1)
+    return jnp.where(visible[:, :, None], logits, -jnp.inf).reshape(batch, heads, window, -1)
+
+
+def window_attention(
+    q: Float[Array, "B N W H"],
+    k: Float[Array, "B K T H"],
+    visible: Bool[Array, "B M W T"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "B N W T"]:
+    """Softmax weights of the window's queries over all keys; rows that see nothing are 0.
+
+    Arguments as of `window_logits`.
+    """
+    logits = window_logits(q, k, visible, scale=scale, softcap=softcap)
     peak = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
     return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), _TINY)
@@ -121,10 +136,11 @@ def per_query_reconstruction(
     weights: Float[Array, "B N W T"],
     v: Float[Array, "B K T H"],
     factor: Float[Array, "N H R"],
-    row_weights: Float[Array, " W"],
+    row_weights: Float[Array, " W"] | None,
     *,
     relative: bool = False,
     power: float = 1.0,
+    past: int | None = None,
 ) -> Float[Array, "B N P"]:
     """Odds times distance of every query, then averaged over the window (Eq. 7 of the paper).
 
@@ -135,15 +151,17 @@ def per_query_reconstruction(
         weights: A_t.
         v: values.
         factor: see `output_factor`.
-        row_weights: weight of each query in the average.
+        row_weights: weight of each query in the average; None takes the maximum over them.
         relative: divide I_t by ‖o_t W_O‖.
         power: p.
+        past: P, how many of the first keys are scored; those before the window by default.
 
     Returns:
-        I of the T - W past keys, finite for any weights.
+        I of the P past keys, finite for any weights.
     """
     group = weights.shape[1] // v.shape[1]
-    past = weights.shape[-1] - weights.shape[-2]
+    if past is None:
+        past = weights.shape[-1] - weights.shape[-2]
 
     def head(args: tuple[Array, Array, Array]) -> Array:
         a, r, kv_head = args  # [B, W, T], [H, R], []
@@ -158,7 +176,10 @@ def per_query_reconstruction(
         error = jnp.where(dominant, exact, error)
         if relative:
             error /= jnp.maximum(jnp.linalg.norm(output, axis=-1, keepdims=True), _TINY)
-        return jnp.einsum("bwt,w->bt", error**power, row_weights)[:, :past]
+        error = error[..., :past] ** power
+        if row_weights is None:
+            return jnp.max(error, axis=1)
+        return jnp.einsum("bwt,w->bt", error, row_weights)
 
     kv_heads = jnp.arange(weights.shape[1]) // group
     scores = jax.lax.map(head, (jnp.moveaxis(weights, 1, 0), factor, kv_heads))

@@ -20,6 +20,7 @@ from restkv_jax.policies.restkv import RestKV
 from restkv_jax.policies.snapkv import SnapKV
 from restkv_jax.policies.streaming import Streaming
 from restkv_jax.policies.tova import TOVA
+from restkv_jax.policies.vnorm import VNorm
 
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
@@ -37,6 +38,7 @@ POLICIES: dict[str, type[Policy]] = {
         ExpectedAttention,
         Knorm,
         KeyDiff,
+        VNorm,
         Random,
         Ablation,
     )
@@ -71,5 +73,6 @@ __all__ = [
     "SnapKV",
     "Streaming",
     "TokenPolicy",
+    "VNorm",
     "WindowPolicy",
 ]

@@ -51,9 +51,11 @@ class Ablation(WindowPolicy):
         if self.indicator == "reconstruction":
             return self._restkv().past_scores(layer, capacity, budget)
         if self.indicator == "attn":
-            snapkv = SnapKV(window=self.window, sinks=self.sinks, kernel=self.kernel)
+            snapkv = SnapKV(
+                window=self.window, recent=self.recent, sinks=self.sinks, kernel=self.kernel
+            )
             return snapkv.past_scores(layer, capacity, budget)
-        past = layer.columns - self.window
+        past = self.past_columns(layer)
         received = jnp.sum(layer.window_weights(self.window)[..., :past], axis=2)
         length = jnp.linalg.norm(layer.v[:, :, :past].astype(jnp.float32), axis=-1)
         scores = received * layer.by_query_head(length)
@@ -62,6 +64,7 @@ class Ablation(WindowPolicy):
     def _restkv(self) -> RestKV:
         return RestKV(
             window=self.window,
+            recent=self.recent,
             sinks=self.sinks,
             granularity=self.granularity,
             group_reduce=self.group_reduce,

@@ -87,11 +87,16 @@ class Policy(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowPolicy(Policy):
-    """A policy that scores the past by the last W queries and always keeps the last W tokens.
+    """A policy that scores the past by the last W queries and always keeps the last tokens.
+
+    The queries are the prompt's own last ones, or those of a probe that follows it
+    (`LayerInputs.probe`).
 
     Attributes:
         scores_by_budget: True if the past's scores depend on how many of it are kept.
-        window: W.
+        window: W, the queries that score.
+        recent: tokens at the end that are always kept; None keeps W of them. With fewer, tokens
+            of the window are scored too, by those of its queries that see them.
         sinks: tokens at the start that are always kept and stay out of the pooling, so that the
             weight that they attract does not spread to their neighbours.
         granularity: "kv_head" keeps one set per key/value head, the true cost of grouped-query
@@ -105,6 +110,7 @@ class WindowPolicy(Policy):
     scores_by_budget: ClassVar[bool] = False
 
     window: int = 32
+    recent: int | None = None
     sinks: int = 0
     granularity: Granularity = "kv_head"
     group_reduce: GroupReduce = "mean"
@@ -116,14 +122,20 @@ class WindowPolicy(Policy):
             ValueError: naming the option.
         """
         require(self.window >= 1, "window", "at least 1", self.window)
+        require(self.recent is None or self.recent >= 0, "recent", "at least 0", self.recent)
         require(self.sinks >= 0, "sinks", "at least 0", self.sinks)
         require_choice("granularity", self.granularity, ("kv_head", "query_head"))
         require_choice("group_reduce", self.group_reduce, ("mean", "max"))
 
     @property
+    def recent_tokens(self) -> int:
+        """How many tokens at the end are always kept."""
+        return self.window if self.recent is None else self.recent
+
+    @property
     def protected(self) -> int:
-        """The window and the sinks."""
-        return self.window + self.sinks
+        """The recent tokens and the sinks."""
+        return self.recent_tokens + self.sinks
 
     @property
     def query_rows(self) -> int:
@@ -138,25 +150,29 @@ class WindowPolicy(Policy):
     def past_scores(
         self, layer: LayerInputs, capacity: int, budget: Int[Array, " B"]
     ) -> Float[Array, "B N P"]:
-        """Smoothed scores of the P = T - W columns before the window, per query head.
+        """Smoothed scores of the P columns before the recent tokens, per query head.
 
         Args:
             layer: the layer's attention.
             capacity: static upper bound of `budget`.
-            budget: past tokens to keep in each row, window and sinks not counted.
+            budget: past tokens to keep in each row, recent ones and sinks not counted.
         """
+
+    def past_columns(self, layer: LayerInputs) -> int:
+        """P, the columns before the recent tokens."""
+        return max(layer.columns - self.recent_tokens, 0)
 
     def poolable(self, layer: LayerInputs) -> Bool[Array, "B M P"]:
         """True for the past columns that pooling may look at: tokens, but no sinks."""
-        past = layer.positions[..., : layer.columns - self.window]
+        past = layer.positions[..., : self.past_columns(layer)]
         return layer.by_query_head(past >= self.sinks)
 
     def importance(
         self, layer: LayerInputs, capacity: int, budget: Int[Array, " B"]
     ) -> Float[Array, "B J T"]:
-        """Past scores by head, the window and the sinks pinned, padding at -inf."""
-        window = min(self.window, layer.columns)
-        past = layer.columns - window
+        """Past scores by head, the recent tokens and the sinks pinned, padding at -inf."""
+        past = self.past_columns(layer)
+        recent = layer.columns - past
         if past:
             # At least 1: rows that the protected tokens fill still need scores that are numbers.
             most = max(min(capacity - self.protected, past), 1)
@@ -170,8 +186,8 @@ class WindowPolicy(Policy):
         else:
             heads = self.cache_heads(layer.spec.num_heads, layer.spec.num_kv_heads)
             scores = jnp.zeros((layer.k.shape[0], heads, 0), jnp.float32)
-        scores = jnp.pad(scores, ((0, 0), (0, 0), (0, window)))
-        return pin(scores, layer, sinks=self.sinks, recent=window)
+        scores = jnp.pad(scores, ((0, 0), (0, 0), (0, recent)))
+        return pin(scores, layer, sinks=self.sinks, recent=recent)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ class CAOTE(WindowPolicy):
     ) -> Float[Array, "B N P"]:
         """Odds times distance of the normalised weights."""
         del capacity, budget
-        past = layer.columns - self.window
+        past = self.past_columns(layer)
         rows = temporal_weights(self.temporal, self.window, self.alpha)
         weights = jnp.einsum("bnwt,w->bnt", layer.window_weights(self.window), rows)[..., :past]
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -60,10 +60,10 @@ class CAOTE(WindowPolicy):
             distance = layer.by_query_head(distance_from_mean(layer, past))
             return weights / jnp.maximum(1.0 - weights, _LEAST_REST) * distance
         return aggregated_reconstruction(
-            jnp.pad(weights, ((0, 0), (0, 0), (0, self.window))),
+            jnp.pad(weights, ((0, 0), (0, 0), (0, layer.columns - past))),
             layer.v,
             layer.distance_factor(project=False),
-            window=self.window,
+            window=layer.columns - past,
         )
 
 

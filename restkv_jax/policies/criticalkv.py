@@ -46,7 +46,8 @@ class CriticalKV(SnapKV):
         self, layer: LayerInputs, capacity: int, budget: Int[Array, " B"]
     ) -> Float[Array, "B N P"]:
         """s: SnapKV's, as a mean."""
-        return SnapKV.past_scores(self, layer, capacity, budget) / self.window
+        scores = SnapKV.past_scores(self, layer, capacity, budget)
+        return scores / self.window if self.aggregate == "sum" else scores
 
     def importance(
         self, layer: LayerInputs, capacity: int, budget: Int[Array, " B"]

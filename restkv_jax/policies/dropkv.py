@@ -26,8 +26,9 @@ class DropKV(WindowPolicy):
         del capacity, budget
         return per_query_reconstruction(
             layer.window_weights(self.window),
-            layer.v,
+            layer.seen_values,
             layer.distance_factor(project=False),
             jnp.ones(self.window),
             power=2.0,
+            past=self.past_columns(layer),
         )

@@ -15,7 +15,9 @@ from restkv_jax.prompt_attention import received_attention
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class H2O(WindowPolicy):
-    """Heavy hitters: the largest column sums of the whole attention matrix, and the last W tokens.
+    """Heavy hitters: the largest column sums of the whole attention matrix, and the last tokens.
+
+    All queries are those of the prompt itself; a probe's are not counted.
 
     Attributes:
         released: sum what the code of the ReST-KV comparison sums: it masks the future for the
@@ -41,7 +43,7 @@ class H2O(WindowPolicy):
     ) -> Float[Array, "B N P"]:
         """Σ_t A_t[n] over all queries t."""
         del capacity, budget
-        return self.carry(layer)[..., : layer.columns - self.window]
+        return self.carry(layer)[..., : self.past_columns(layer)]
 
     def carry(self, layer: LayerInputs) -> Float[Array, "B N T"]:
         """The column sums; those of a cache were added up while it was decoded from.

@@ -30,7 +30,8 @@ class Random(TokenPolicy):
         key = jax.random.fold_in(jax.random.key(self.seed), layer.index)
         shape = (*layer.k.shape[:2], layer.columns)
         positions = jnp.broadcast_to(jnp.maximum(layer.positions, 0), shape)
-        heads = jnp.broadcast_to(jnp.arange(shape[1])[:, None], shape)
+        heads = layer.first_kv_head + jnp.arange(shape[1])
+        heads = jnp.broadcast_to(heads[:, None], shape)
 
         def draw(position: Array, head: Array) -> Array:
             return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, position), head))

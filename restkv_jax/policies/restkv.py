@@ -32,7 +32,8 @@ class RestKV(WindowPolicy):
     Attributes:
         form: "after" averages the window's attention first and scores once; "before" scores
             every query (Eq. 7) and averages the scores.
-        temporal: how the window's queries are averaged, see `smoothing.temporal_weights`.
+        temporal: how the window's queries are averaged, see `smoothing.temporal_weights`; "max"
+            takes each key's largest score instead, form "before" only.
         alpha: weight of the newest query in the moving average.
         tau: exponent of the distance, form "after" only.
         relative: divide by the norm of the output, form "before" only.
@@ -48,7 +49,7 @@ class RestKV(WindowPolicy):
     scores_by_budget: ClassVar[bool] = True
 
     form: Literal["after", "before"] = "after"
-    temporal: Temporal = "ema"
+    temporal: Temporal | Literal["max"] = "ema"
     alpha: float = 0.3
     tau: float = 1.0
     relative: bool = False
@@ -86,7 +87,8 @@ class RestKV(WindowPolicy):
         """
         WindowPolicy.__post_init__(self)
         require_choice("form", self.form, ("after", "before"))
-        require_choice("temporal", self.temporal, ("ema", "mean", "inverse_ema", "last"))
+        kinds = ("ema", "mean", "inverse_ema", "last", "max")
+        require_choice("temporal", self.temporal, kinds)
         require_choice("spatial", self.spatial, ("adaptive", "avgpool", "maxpool", "none"))
         require(0.0 < self.alpha <= 1.0, "alpha", "a number within (0, 1]", self.alpha)
         require(self.tau > 0.0, "tau", "a positive number", self.tau)
@@ -98,6 +100,12 @@ class RestKV(WindowPolicy):
             "relative",
             'False with form "after"',
             self.relative,
+        )
+        require(
+            self.form == "before" or self.temporal != "max",
+            "temporal",
+            'another than "max" with form "after"',
+            self.temporal,
         )
         require(
             not self.carry_over or (self.form, self.temporal) == ("after", "ema"),
@@ -115,7 +123,7 @@ class RestKV(WindowPolicy):
         """The averaged attention; entries of the window start anew, as their rows are not full."""
         if not self.carry_over:
             return None
-        averaged = self._averaged(layer, layer.window_weights(self.window))
+        averaged = self._averaged(layer, layer.window_weights(self.window))[..., : layer.columns]
         inside = jnp.arange(layer.columns) >= layer.columns - self.window
         return jnp.where(inside, -1.0, averaged)
 
@@ -127,7 +135,7 @@ class RestKV(WindowPolicy):
         weights = layer.window_weights(self.window)
         # The same for all settings of the spatial smoothing, and for all budgets.
         error = (self.form, self.window, self.temporal, self.alpha, self.tau, self.relative)
-        key = (self.name, *error, self.project, self.carry_over)
+        key = (self.name, *error, self.project, self.carry_over, self.past_columns(layer))
         scores = layer.once(key, lambda: self._reconstruction(layer, weights))
         if self.spatial == "none":
             return scores
@@ -140,20 +148,26 @@ class RestKV(WindowPolicy):
         self, layer: LayerInputs, weights: Float[Array, "B N W T"]
     ) -> Float[Array, "B N P"]:
         factor = layer.distance_factor(project=self.project)
+        past = self.past_columns(layer)
         if self.form == "before":
-            rows = temporal_weights(self.temporal, self.window, self.alpha)
-            return per_query_reconstruction(weights, layer.v, factor, rows, relative=self.relative)
+            rows = None
+            if self.temporal != "max":
+                rows = temporal_weights(self.temporal, self.window, self.alpha)
+            return per_query_reconstruction(
+                weights, layer.seen_values, factor, rows, relative=self.relative, past=past
+            )
         return aggregated_reconstruction(
             self._averaged(layer, weights),
-            layer.v,
+            layer.seen_values,
             factor,
-            window=self.window,
+            window=weights.shape[-1] - past,
             tau=self.tau if self.project else 1.0,
         )
 
     def _averaged(
         self, layer: LayerInputs, weights: Float[Array, "B N W T"]
     ) -> Float[Array, "B N T"]:
+        assert self.temporal != "max"
         rows = temporal_weights(self.temporal, self.window, self.alpha)
         averaged = (weights * rows[:, None]).sum(axis=2)
         if not self.carry_over or layer.carried is None:
@@ -169,7 +183,7 @@ class RestKV(WindowPolicy):
         scores: Float[Array, "B N P"],
         budget: Int[Array, " B"],
     ) -> Float[Array, "B N P"]:
-        drift = attention_drift(weights, budget.clip(1, layer.columns))
+        drift = attention_drift(weights[..., : layer.columns], budget.clip(1, layer.columns))
         kernels, shifts = adaptive_window(drift, kernel=self.kernel, scale=self.scale)
         most = int(layer.columns // self.scale)  # |drift| < T bounds both, statically
         first = (layer.columns - layer.filled + self.sinks).clip(0, scores.shape[-1] - 1)

@@ -18,12 +18,15 @@ class SnapKV(WindowPolicy):
     """Sum of the window's attention weights, pooled over neighbouring positions.
 
     Attributes:
+        aggregate: over the window's queries: "sum", or "max", which a long probe needs, as each
+            of its queries looks elsewhere.
         kernel: pooling width, odd.
         pooling: "avgpool" (the setting of the ReST-KV comparison) or "maxpool" (SnapKV's own).
     """
 
     name: ClassVar[str] = "snapkv"
 
+    aggregate: Literal["sum", "max"] = "sum"
     kernel: int = 5
     pooling: Literal["avgpool", "maxpool"] = "avgpool"
 
@@ -34,15 +37,16 @@ class SnapKV(WindowPolicy):
             ValueError: naming the option.
         """
         WindowPolicy.__post_init__(self)
+        require_choice("aggregate", self.aggregate, ("sum", "max"))
         require(self.kernel >= 1 and self.kernel % 2 == 1, "kernel", "an odd number", self.kernel)
         require_choice("pooling", self.pooling, ("avgpool", "maxpool"))
 
     def past_scores(
         self, layer: LayerInputs, capacity: int, budget: Int[Array, " B"]
     ) -> Float[Array, "B N P"]:
-        """Σ_t A_t[n], pooled."""
+        """Σ_t A_t[n], or max_t, pooled."""
         del capacity, budget
-        past = layer.columns - self.window
-        scores = jnp.sum(layer.window_weights(self.window)[..., :past], axis=2)
+        weights = layer.window_weights(self.window)[..., : self.past_columns(layer)]
+        scores = (jnp.sum if self.aggregate == "sum" else jnp.max)(weights, axis=2)
         pool = average_pool if self.pooling == "avgpool" else max_pool
         return pool(scores, self.poolable(layer), self.kernel)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from restkv_jax.layer import LayerInputs
@@ -29,4 +28,4 @@ class TOVA(TokenPolicy):
 
     def token_scores(self, layer: LayerInputs) -> Float[Array, "B 1 T"]:
         """mean_h A_h[last query]."""
-        return jnp.mean(layer.window_weights(1), axis=1)
+        return layer.mean_over_heads(layer.window_weights(1)[:, :, 0, : layer.columns])

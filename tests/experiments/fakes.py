@@ -42,7 +42,17 @@ class FakeEngine:
         self.fail_after = fail_after
         self.error = error
 
-    def answer(self, prompt_ids, *, policies, max_new_tokens, stop_ids, seed, min_new_tokens=0):
+    def answer(
+        self,
+        prompt_ids,
+        *,
+        policies,
+        max_new_tokens,
+        stop_ids,
+        seed,
+        min_new_tokens=0,
+        context_tokens=None,
+    ):
         if self.fail_after is not None and len(self.calls) == self.fail_after:
             raise self.error
         self.calls.append((tuple(prompt_ids), tuple(policies), seed))

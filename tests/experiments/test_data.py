@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -161,3 +164,17 @@ def test_hub_without_network_is_one_line(monkeypatch):
         data.load_hub([SPEC])
     assert "\n" not in str(error.value)
     assert "--data offline" in str(error.value)
+
+
+def test_the_hub_can_be_asked_by_a_fresh_process(tmp_path):
+    """The client imports its parts when they are first used, so what other tests import hides."""
+    code = (
+        "from experiments.core.files import fetch_hub_file\n"
+        "fetch_hub_file('owner/name', 'file', instead='use a folder')"
+    )
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert "UserError: --data hub: cannot download file of owner/name" in last
+    assert "offline, use a folder" in last

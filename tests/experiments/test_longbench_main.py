@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 
 from experiments.core import engine as engines
-from experiments.core.errors import run_main
-from experiments.core.options import parse_policy
-from experiments.core.plans import make_policy
+from experiments.core.errors import UserError, run_main
+from experiments.core.options import Slots, parse_policy
+from experiments.core.plans import describe_plan, make_plan, make_policy
 from experiments.longbench.__main__ import main
-from restkv_jax.decode import RestKV, SnapKV
+from restkv_jax.decode import TOVA, AdaKV, CachePlan, RestKV, SnapKV
 
 MODEL = str(Path(__file__).parents[1] / "fixtures/hf_tiny/qwen3_qknorm")
 POLICIES = ("full", "streaming", "snapkv", "restkv", "restkv+preset=paper")
@@ -197,11 +198,39 @@ def test_policies_are_read_by_the_types_of_their_fields():
     )
 
 
+def test_options_of_the_cache_stand_among_those_of_the_policy():
+    text = "snapkv:window=16,budget=0.25,heads=adakv,storage=int8"
+    plan = make_plan(parse_policy(text), Slots(128), headroom=8)
+    assert plan == CachePlan(
+        policy=SnapKV(window=16), budget=0.25, heads=AdaKV(), storage="int8", headroom=8
+    )
+    text = "tova:decode_budget=64,evict_every=1,layers=pyramid"
+    plan = make_plan(parse_policy(text), Slots(128), headroom=8)
+    assert plan == CachePlan(
+        policy=TOVA(), budget=128, decode_budget=64, evict_every=1, layers="pyramid", headroom=8
+    )
+    for text, culprit in (("tova:heads=mine", "heads"), ("tova:decode_budget=x", "decode_budget")):
+        with pytest.raises(UserError, match=culprit):
+            make_plan(parse_policy(text), Slots(128), headroom=8)
+
+
+def test_the_configuration_knows_all_of_a_plan():
+    def describe(text, budget=128):
+        return describe_plan(make_plan(parse_policy(text), Slots(budget), headroom=8))
+
+    plain = describe("tova")
+    assert plain == {"name": "tova", **dataclasses.asdict(TOVA()), "budget": 128}
+    options = ("budget=0.5", "recent=2", "layers=pyramid", "storage=int8", "heads=adakv")
+    options += ("decode_budget=64", "decode_budget=64,evict_every=2")
+    others = [describe(f"tova:{text}") for text in options]
+    for i, other in enumerate(others):
+        assert json.loads(json.dumps(other)) == other
+        assert other not in [plain, *others[:i]]
+    assert describe("full")["budget"] is None
+
+
 def test_memory_is_checked_before_anything_is_allocated(monkeypatch):
     """8 TB of cache would be refused by shape alone."""
-    from experiments.core.errors import UserError
-    from experiments.core.options import Slots
-    from experiments.core.plans import make_plan
     from tests.restkv_jax import tiny
 
     plan = make_plan(parse_policy("restkv"), Slots(10**9), headroom=8)

@@ -6,7 +6,6 @@ import pytest
 
 from experiments.core.errors import UserError
 from experiments.core.tasks import fill_prompt
-from experiments.longbench.fitting import fit_units, last_good, tail
 from experiments.longbench.metrics import score_prediction
 from experiments.longbench.offline import OFFLINE_SETS, build_row, build_suite
 from experiments.longbench.offline_tasks import LINE_KINDS, line_kind
@@ -138,19 +137,3 @@ def test_texts_are_plentiful():
     assert len(prose_sentences()) > 500
     assert len(set(prose_sentences())) == len(prose_sentences())
     assert sum(map(len, code_files().values())) > 20_000
-
-
-def test_tail_starts_over():
-    assert tail("abc", 2) == ["b", "c"]
-    assert tail("abc", 5) == ["b", "c", "a", "b", "c"]
-
-
-@pytest.mark.parametrize("limit", range(10))
-def test_last_good(limit):
-    assert last_good(lambda n: n <= limit, 0, 10) == limit
-
-
-def test_fit_units_uses_the_end_of_the_unit_before():
-    pool = ["aaaa", "bbbb", "cccc", "dddd"]
-    fragment, units = fit_units(pool, lambda f, u: len(f) + sum(map(len, u)), 10, least=1, what="x")
-    assert (fragment, units) == ("bb", ["cccc", "dddd"])

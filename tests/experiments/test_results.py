@@ -13,10 +13,10 @@ from experiments.core.results import (
     differing_keys,
     fingerprint,
     folder_name,
-    standard_error,
 )
 from experiments.core.storage import RowFile, locked, write_atomic
 from experiments.core.tasks import Row
+from experiments.core.uncertainty import Average, summarise
 
 CONFIG = {"model": "tiny", "budget": 8, "policies": {"full": {"alpha": "0.3"}}, "sets": ("a",)}
 ROWS = [Row(input=str(i), context="c", answers=("é", "b"), length=2) for i in range(3)]
@@ -179,22 +179,33 @@ def test_damaged_or_missing_meta(tmp_path):
 
 
 def test_write_result(tmp_path):
+    scores = {"full": {"a": [0.0, 100.0, 50.0], "b": [100 / 3]}}
+    averages = [Average("mean of sets", ("a", "b"))]
     with ResultStore.open(tmp_path, CONFIG) as store:
-        result = store.write_result({"full": {"a": [0.0, 100.0, 50.0], "b": [100 / 3]}})
-    assert result == {
-        "score": {"full": {"a": 50.0, "b": 33.33}},
-        "standard_error": {"full": {"a": 28.87, "b": None}},
-        "n": {"full": {"a": 3, "b": 1}},
-    }
+        result = store.write_result(scores, averages)
+    assert result == summarise(scores, averages)
     assert json.loads((tmp_path / "result.json").read_text()) == result
     official = json.loads((tmp_path / "pred" / "full" / "result.json").read_text())
     assert official == {"a": 50.0, "b": 33.33}
 
 
-def test_standard_error():
-    assert standard_error([1.0]) is None
-    # Sample variance of 0 and 2 is 2; sqrt(2 / 2) = 1.
-    assert standard_error([0.0, 2.0]) == 1.0
+def test_prediction_files_in_another_format(tmp_path):
+    def record(row, index, prediction):
+        return {"index": index, "pred": prediction, "outputs": list(row.answers)}
+
+    with ResultStore.open(tmp_path, CONFIG, record) as store:
+        store.done("full", "8192/a", ROWS)
+        store.write_meta({})
+        store.append("full", "8192/a", ROWS[0], "x", {})
+    path = tmp_path / "pred" / "full" / "8192" / "a.jsonl"
+    assert json.loads(path.read_text()) == {"index": 0, "pred": "x", "outputs": ["é", "b"]}
+    with ResultStore.open(tmp_path, CONFIG, record) as store:
+        assert store.done("full", "8192/a", ROWS) == 1
+    with (
+        pytest.raises(UserError, match="is not this run's row"),
+        ResultStore.open(tmp_path, CONFIG) as store,
+    ):
+        store.done("full", "8192/a", ROWS)
 
 
 def test_names_and_fingerprints():

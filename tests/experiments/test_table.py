@@ -8,6 +8,7 @@ from experiments.core.environment import environment, git_commit, package_versio
 from experiments.core.table import (
     TextTable,
     cost_table,
+    difference_table,
     human_bytes,
     markdown,
     print_tables,
@@ -18,6 +19,24 @@ RESULT = {
     "score": {"full": {"a": 50.0, "b": 25.0}, "restkv": {"a": 40.0, "b": 5.5}},
     "standard_error": {"full": {"a": 1.25, "b": None}, "restkv": {"a": 2.0, "b": 0.0}},
     "n": {"full": {"a": 4, "b": 1}, "restkv": {"a": 4, "b": 1}},
+    "averages": {
+        "mean of sets": {
+            "sets": ["a", "b"],
+            "score": {"full": 37.5, "restkv": 22.75},
+            "standard_error": {"full": None, "restkv": 1.5},
+        }
+    },
+    "paired": [
+        {
+            "policy": "restkv",
+            "against": "full",
+            "sets": {
+                "a": {"difference": -10.0, "low": -20.5, "high": 1.25, "n": 4},
+                "b": {"difference": 0.0, "low": None, "high": None, "n": 1},
+            },
+            "averages": {"mean of sets": {"difference": 1.0, "low": 0.5, "high": 2.0, "n": 5}},
+        }
+    ],
 }
 
 
@@ -37,8 +56,20 @@ def test_score_table():
     assert table.rows == (
         ("a", "4", "50.00 ± 1.25", "40.00 ± 2.00"),
         ("b", "1", "25.00", "5.50 ± 0.00"),
-        ("mean of sets", "", "37.50", "22.75"),
+        ("mean of sets", "", "37.50", "22.75 ± 1.50"),
     )
+
+
+def test_difference_table():
+    table = difference_table(RESULT, "sets")
+    assert table.columns == ("set", "policies", "n", "difference", "95 % interval")
+    assert table.rows == (
+        ("a", "restkv - full", "4", "-10.00", "-20.50 to +1.25"),
+        ("b", "restkv - full", "1", "+0.00", "-"),
+    )
+    averages = difference_table(RESULT, "averages")
+    assert averages.rows == (("mean of sets", "restkv - full", "5", "+1.00", "+0.50 to +2.00"),)
+    assert difference_table({"paired": []}, "sets").rows == ()
 
 
 def test_cost_table_takes_medians_of_times():

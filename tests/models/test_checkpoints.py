@@ -11,6 +11,7 @@ from model_fixtures import FIXTURES, checkpoints
 from safetensors.numpy import load_file, save_file
 
 import models
+from models.weights import all_finite
 
 
 def logits_of(lm, ids):
@@ -140,6 +141,16 @@ def test_tied_head_that_differs_is_refused(plain):
     (plain / "config.json").write_text(json.dumps(HF_CONFIG | {"tie_word_embeddings": True}))
     with pytest.raises(models.CheckpointError, match=r"lm_head\.weight differs"):
         models.load(plain)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_finite_is_of_every_element(dtype, bad):
+    largest = jnp.finfo(dtype).max
+    x = jnp.full((3, 70), largest, dtype).at[1].set(-largest).at[2].set(0)
+    assert all_finite(x)
+    for place in ((0, 0), (1, 35), (2, 69)):
+        assert not all_finite(x.at[place].set(bad))
 
 
 def test_integer_tensor_is_refused(plain):

@@ -9,13 +9,15 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from model_fixtures import checkpoints
+from model_fixtures import FIXTURES, checkpoints
 from test_gguf_file import write
 
 import models
 from models import convert
+from models.checkpoint import open_checkpoint
 from models.config import ModelConfig
 from models.hf_write import to_hf
 from models.weights import named_parameters
@@ -51,9 +53,31 @@ def test_fixtures_round_trip_is_bit_identical(converted, dtype):
     assert after.tokenizer.encode(text) == before.tokenizer.encode(text)
 
 
+@pytest.mark.parametrize("name", ["float16", "mixed_dtype", "plain"])
+def test_fixtures_weights_are_stored_as_they_are(tmp_path, name):
+    folder = FIXTURES / "hf_tiny/quirks" / name
+    convert.convert(folder, tmp_path / "out")
+    before, after = open_checkpoint(folder).parameters, open_checkpoint(tmp_path / "out").parameters
+    for path in before.shapes:
+        wanted, got = before.read(path), after.read(path)
+        assert got.dtype == wanted.dtype
+        np.testing.assert_array_equal(got, wanted, err_msg=path)
+    for dtype in ("float32", "bfloat16"):
+        same = models.load(folder, dtype=dtype).model
+        assert_same_weights(models.load(tmp_path / "out", dtype=dtype).model, same)
+
+
+def test_fixtures_converted_converts_again(converted, tmp_path):
+    _, target = converted
+    convert.convert(target, tmp_path / "again")
+    assert_same_weights(models.load(tmp_path / "again").model, models.load(target).model)
+
+
 def test_fixtures_bfloat16_is_stored_as_such(tmp_path):
     folder = FOLDERS[-1].values[0]
     convert.convert(folder, tmp_path / "half", dtype="bfloat16")
+    stored = open_checkpoint(tmp_path / "half").parameters
+    assert {stored.read(path).dtype for path in stored.shapes} == {jnp.dtype("bfloat16")}
     half = models.load(folder, dtype="bfloat16")
     assert_same_weights(models.load(tmp_path / "half", dtype="bfloat16").model, half.model)
 
@@ -150,11 +174,21 @@ def test_fixtures_missing_config_is_refused(copy):
         models.load(copy)
 
 
-def test_nan_is_refused(tmp_path):
+def test_stored_nan_is_refused(tmp_path):
     model = write(tmp_path / "model.gguf")
     convert.convert(tmp_path / "model.gguf", tmp_path / "out")
     shutil.rmtree(tmp_path / "out/orbax")
-    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, model)
-    convert.write_weights(tmp_path / "out", broken)
+    broken = {path: np.asarray(value) * np.nan for path, value in named_parameters(model).items()}
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "out/orbax", broken)
     with pytest.raises(models.CheckpointError, match=r"embed\.w holds NaN"):
         models.load(tmp_path / "out")
+    with pytest.raises(models.CheckpointError, match=r"embed\.w holds NaN"):
+        convert.convert(tmp_path / "out", tmp_path / "again")
+
+
+def test_fixtures_nan_leaves_nothing_behind(tmp_path):
+    folder = FIXTURES / "hf_tiny/broken/nan_weights"
+    with pytest.raises(models.CheckpointError, match=r"1\.self_attn\.q_proj\.weight holds NaN"):
+        convert.convert(folder, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -113,6 +113,30 @@ def test_quantised(path, quantisation, max_diff):
     assert np.abs(logits(got) - logits(wanted)).max() < max_diff
 
 
+@pytest.mark.parametrize("kind", gguf.GGMLQuantizationType, ids=lambda kind: kind.name)
+def test_every_quantisation_that_the_package_dequantises(path, kind):
+    """And no other; on random bytes (NaN among them), for most kinds can only be dequantised."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 256, (3, 2 * size), np.uint8)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("w", raw, raw_shape=raw.shape, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    store = GGUFStore(path)
+    assert store.shapes == {"w": (3, 2 * block)}
+    with np.errstate(all="ignore"):
+        try:
+            wanted = gguf.dequantize(raw, kind)
+        except NotImplementedError:
+            named = f"unsupported quantisation {kind.name}"
+            with pytest.raises(models.CheckpointError, match=named):
+                store.read("w")
+        else:
+            np.testing.assert_array_equal(store.read("w"), wanted)
+
+
 def test_metadata(path):
     write(path)
     metadata = GGUFStore(path).metadata

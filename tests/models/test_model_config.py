@@ -3,9 +3,9 @@
 import pytest
 
 from models import ModelConfig
-from models.hf_config import FAMILIES
+from models.families import FAMILIES
 from models.registry import NETWORKS
-from models.rope import LinearScaling, Llama3Scaling, RopeConfig
+from models.rope import FrequencyFactors, LinearScaling, Llama3Scaling, RopeConfig
 
 BASE = {
     "architectures": ["LlamaForCausalLM"],
@@ -14,6 +14,12 @@ BASE = {
     "hidden_size": 32,
     "num_attention_heads": 4,
     "intermediate_size": 48,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1, 1.5, 2.0, 4.0],
+    "long_factor": [1, 1.5, 2.0, 4.0],
+    "attention_factor": 1.0,
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -179,6 +185,10 @@ def test_every_architecture_has_a_network():
                 ),
             ),
         ),
+        (
+            {"rope_scaling": LONGROPE},
+            RopeConfig(scaling=FrequencyFactors(factors=(1.0, 1.5, 2.0, 4.0))),
+        ),
     ],
 )
 def test_rope(changes, rope):
@@ -215,6 +225,10 @@ def test_rope(changes, rope):
             {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 0}},
             "original_max_position_embeddings",
         ),
+        ({"rope_scaling": LONGROPE | {"short_factor": [1.0] * 4}}, "short_factor"),
+        ({"rope_scaling": LONGROPE | {"attention_factor": 1.2}}, "attention_factor is 1.2"),
+        ({"rope_scaling": LONGROPE | {"attention_factor": None}}, "attention_factor missing"),
+        ({"rope_scaling": LONGROPE, "head_dim": 16}, "number of rope factors is 4: must be 8"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"mlp_bias": True}, "mlp_bias"),

@@ -13,18 +13,25 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from models import CheckpointError, sources
 
 CONTENT = b"weights"
-PACKAGED = sources.PackagedModel(
+PACKAGED = sources.PackagedFile(
     parts=(("tiny-model==1.0", "tiny_model/tiny.gguf"),),
     file="tiny.gguf",
     sha256=hashlib.sha256(CONTENT).hexdigest(),
 )
 
-IN_PARTS = sources.PackagedModel(
+IN_PARTS = sources.PackagedFile(
     parts=(("tiny-part1==1.0", "tiny_part1/a"), ("tiny-part2==1.0", "tiny_part2/b")),
     file="parts.gguf",
     sha256=hashlib.sha256(2 * CONTENT).hexdigest(),
 )
-MEMBERS = dict(PACKAGED.parts + IN_PARTS.parts)
+OF_ONE_WHEEL = sources.PackagedFile(
+    parts=(("tiny-texts==1.0", "texts/a.txt"), ("tiny-texts==1.0", "texts/b.txt")),
+    file="texts.txt",
+    sha256=hashlib.sha256(2 * CONTENT).hexdigest(),
+)
+MEMBERS: dict[str, list[str]] = {}
+for requirement, member in PACKAGED.parts + IN_PARTS.parts + OF_ONE_WHEEL.parts:
+    MEMBERS.setdefault(requirement, []).append(member)
 
 
 @pytest.fixture
@@ -52,7 +59,8 @@ def pip(monkeypatch):
             folder = Path(command[command.index("--dest") + 1])
             assert not list(folder.glob("*.whl"))
             with zipfile.ZipFile(folder / "tiny_model-1.0-py3-none-any.whl", "w") as wheel:
-                wheel.writestr(MEMBERS[requirement], self.content)
+                for member in MEMBERS[requirement]:
+                    wheel.writestr(member, self.content)
             return subprocess.CompletedProcess(command, 0, "", "")
 
     stand_in = Pip()
@@ -123,6 +131,11 @@ def test_parts_are_put_together(cache, pip):
     assert sources.fetch_packaged(IN_PARTS).read_bytes() == 2 * CONTENT
     assert pip.calls == 2
     assert [path.name for path in cache.iterdir()] == ["parts.gguf"]
+
+
+def test_parts_of_one_wheel_are_downloaded_together(cache, pip):
+    assert sources.fetch_packaged(OF_ONE_WHEEL).read_bytes() == 2 * CONTENT
+    assert pip.calls == 1
 
 
 def test_corrupt_cache_is_fetched_again(cache, pip):

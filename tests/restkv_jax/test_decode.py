@@ -273,31 +273,9 @@ def test_nothing_recompiles_when_lengths_seeds_or_weights_change(model):
 
 def test_a_model_may_scan_over_its_layers(model):
     """`attend` takes a traced layer index where all layers have one shape."""
-
-    @jax.tree_util.register_dataclass
-    @dataclasses.dataclass(frozen=True)
-    class Scanned(tiny.TinyModel):
-        def __call__(self, tokens, positions, attend, state):
-            layers = {name: self.params[name] for name in ("q", "k", "v", "o", "mlp")}
-
-            def body(carry, layer):
-                x, state = carry
-                index, p = layer
-                spec = self.layer_specs[0]
-                h = x / jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
-                shape = (*tokens.shape, -1, spec.head_dim)
-                q, k = (tiny.rotate((h @ p[n]).reshape(shape), positions) for n in "qk")
-                out, state = attend(index, q, k, (h @ p["v"]).reshape(shape), p["o"], state)
-                x = x + jnp.einsum("btnh,nhd->btd", out, p["o"])
-                return (x + jnp.tanh(x @ p["mlp"]), state), None
-
-            start = self.params["embed"][tokens], state
-            indices = jnp.arange(len(self.layer_specs))
-            return jax.lax.scan(body, start, (indices, layers))[0]
-
     plan = plan_of(RestKV(window=W))
     rows = prompts(40, 17)
-    scanned = Scanned(model.params, model.layer_specs)
+    scanned = tiny.ScannedModel(model.params, model.layer_specs)
     ours = generate(scanned, rows, plan=plan, max_new_tokens=8, chunk=4)
     expected = generate(model, rows, plan=plan, max_new_tokens=8, chunk=4)
     assert ours.rows() == expected.rows()

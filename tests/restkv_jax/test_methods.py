@@ -27,6 +27,7 @@ from restkv_jax.policies import (
     Random,
     RestKV,
     SnapKV,
+    VNorm,
 )
 from restkv_jax.prompt_attention import received_attention
 from tests.restkv_jax import oracle
@@ -140,6 +141,15 @@ def robust(q, k, v, w_o):
     return oracle.average_pool(scores, 21)
 
 
+def vnorm(q, k, v, w_o):
+    norms = [np.linalg.norm(v[n // GROUP] @ w_o[n], axis=-1) for n in range(N)]
+    norms = np.stack(norms).reshape(K, GROUP, -1).mean(1)
+    norms[:, :2] = 0.0
+    scores = np.stack([oracle.average_pool(row, 5) for row in norms])
+    scores[:, :2] = scores[:, -3:] = np.inf
+    return scores
+
+
 def snapkv_sinks(q, k, v, w_o):
     scores = window_weights(q, k).sum(0)[:-W]
     scores[:2] = -np.inf
@@ -163,6 +173,7 @@ CASES = [
     (TOVA(), tova),
     (TOVA(recent=1), tova_last),
     (Knorm(), by_kv_head(lambda k, v: -np.linalg.norm(k, axis=-1))),
+    (VNorm(sinks=2, recent=3, kernel=5), vnorm),
     (KeyDiff(), by_kv_head(lambda k, v: oracle.keydiff(k))),
     (ExpectedAttention(**EXPECTED), grouped(by_query_head(expected))),
     (

@@ -53,6 +53,30 @@ class TinyModel:
         return hidden @ self.params["head"]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScannedModel(TinyModel):
+    """The same, in a scan over its layers."""
+
+    def __call__(self, tokens, positions, attend, state):
+        layers = {name: self.params[name] for name in ("q", "k", "v", "o", "mlp")}
+
+        def body(carry, layer):
+            x, state = carry
+            index, p = layer
+            spec = self.layer_specs[0]
+            h = x / jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
+            shape = (*tokens.shape, -1, spec.head_dim)
+            q, k = (rotate((h @ p[n]).reshape(shape), positions) for n in "qk")
+            out, state = attend(index, q, k, (h @ p["v"]).reshape(shape), p["o"], state)
+            x = x + jnp.einsum("btnh,nhd->btd", out, p["o"])
+            return (x + jnp.tanh(x @ p["mlp"]), state), None
+
+        start = self.params["embed"][tokens], state
+        indices = jnp.arange(len(self.layer_specs))
+        return jax.lax.scan(body, start, (indices, layers))[0]
+
+
 def make(
     *, layers=2, heads=4, kv_heads=2, size=8, width=24, vocab=61, seed=0, peak=2.0, **spec
 ) -> TinyModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from experiments.core.errors import UserError
@@ -38,16 +39,9 @@ def fit_units(
     Raises:
         UserError: if not even `least` units fit.
     """
-
-    def fits(count: int) -> bool:
-        return tokens_of("", tail(pool, count)) <= length
-
-    if not fits(least):
+    count = largest_fit(lambda count: tokens_of("", tail(pool, count)), length, least=least)
+    if count is None:
         raise UserError(f"set {what}: {length} tokens are too few for it")
-    high = 2 * least
-    while fits(high):
-        high *= 2
-    count = last_good(fits, least, high)
     whole = tail(pool, count)
     # Two units, because a whole one can bring more than its own text, such as a new heading.
     before = "\n".join(tail(pool, count + 2)[:2])
@@ -60,6 +54,50 @@ def fit_units(
     while size and not end_fits(size):
         size -= 1
     return before[len(before) - size :], whole
+
+
+def largest_fit(
+    size: Callable[[int], float], limit: float, *, least: int = 0, most: int | None = None
+) -> int | None:
+    """The largest count whose size is within a limit.
+
+    Sizes of prompts grow almost linearly with what is put into them, and counting the tokens of a
+    long one takes long: the search interpolates, and bisects where that does not pay.
+
+    Args:
+        size: size of a count; grows with it, though token counts may waver by a few.
+        limit: largest size allowed.
+        least: smallest count.
+        most: largest count; None if there is none.
+
+    Returns:
+        A count from `least` to `most` within the limit, such that the next one is not, or None
+        if `least` is not. Its own size has been looked at, so it fits even where sizes waver.
+    """
+    low, low_size, slope = least, size(least), 0.0
+    if low_size > limit:
+        return None
+    # A count that is known to be too large, and its size as far as it was looked at.
+    above, above_size = (None, math.inf) if most is None else (most + 1, math.inf)
+    trials = 0
+    while above is None or above - low > 1:
+        trials += 1
+        if above is not None and above_size < math.inf:
+            share = (limit - low_size) / (above_size - low_size)
+            trial = low + int((share if trials % 4 else 0.5) * (above - low))
+        elif slope > 0:
+            # Not too far: small counts tell little of the slope at large ones.
+            trial = min(low + int((limit - low_size) / slope) + 1, 10 * low + 8)
+        else:
+            trial = 2 * low + 8
+        trial = max(trial, low + 1) if above is None else min(max(trial, low + 1), above - 1)
+        found = size(trial)
+        if found > limit:
+            above, above_size = trial, found
+        else:
+            slope = (found - low_size) / (trial - low)
+            low, low_size = trial, found
+    return low
 
 
 def last_good(good: Callable[[int], bool], low: int, high: int) -> int:

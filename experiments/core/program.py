@@ -1,0 +1,173 @@
+"""What the programs do alike: the model and the policies at the start, the run at the end."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import models
+from experiments.core.engine import EvictionEngine, question_room
+from experiments.core.environment import environment, package_version
+from experiments.core.errors import UserError
+from experiments.core.options import PolicyText, chosen_policies
+from experiments.core.plans import describe_plan, make_plan
+from experiments.core.results import Record, folder_name, prediction_row
+from experiments.core.runner import Prompting, Score, build_prompt
+from experiments.core.session import describe_sets, run_session
+from experiments.core.table import print_tables
+from experiments.core.tasks import TaskSet
+from experiments.core.uncertainty import Average
+from restkv_jax.decode import weights_fingerprint
+
+_DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What a runner asks, and how.
+
+    Attributes:
+        name: its name, as in `python -m experiments.NAME`.
+        title: title of the score table.
+        sets: the sets to ask.
+        averages: means over sets that the results hold.
+        prompting: how rows become prompts.
+        longest_prompt: tokens of the longest prompt, chat template included.
+        score: scores one prediction.
+        record: format of the prediction files.
+        settings: the runner's own options that influence a prediction, as plain JSON values.
+    """
+
+    name: str
+    title: str
+    sets: Sequence[TaskSet]
+    averages: Sequence[Average]
+    prompting: Prompting
+    longest_prompt: int
+    score: Score
+    record: Record = prediction_row
+    settings: Mapping[str, Any]
+
+
+def read_policies(args: argparse.Namespace) -> tuple[PolicyText, ...]:
+    """The policies of a run.
+
+    Raises:
+        UserError: an unknown policy or option, or a budget that does not suit one.
+    """
+    policies = chosen_policies(args.policy)
+    for policy in policies:
+        make_plan(policy, args.budget, headroom=0)
+    return policies
+
+
+def load_model(args: argparse.Namespace) -> models.LanguageModel:
+    """Loads the model of a run.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    try:
+        return models.load(args.model or _DEFAULT_MODEL, dtype=args.dtype)
+    except models.CheckpointError as error:
+        raise UserError(f"--model: {error}") from None
+
+
+def announce(
+    language_model: models.LanguageModel, sets: Sequence[TaskSet], notes: Sequence[str]
+) -> None:
+    """Says what is measured, before the first row is."""
+    rows = sum(len(task.rows) for task in sets)
+    print(f"model:  {language_model.name}, {language_model.weights_bytes / 1e6:.0f} MB of weights")
+    print(f"data:   {', '.join(task.spec.name for task in sets)} ({rows} rows)")
+    for note in notes:
+        print(f"        {note}")
+    sys.stdout.flush()
+
+
+def run_benchmark(
+    args: argparse.Namespace,
+    language_model: models.LanguageModel,
+    policies: Sequence[PolicyText],
+    benchmark: Benchmark,
+) -> int:
+    """Asks, stores, scores and prints; the exit code is 0.
+
+    Args:
+        args: the parsed options, those of `add_common_options` among them.
+        language_model: from `load_model`.
+        policies: from `read_policies`.
+        benchmark: what is asked.
+
+    Raises:
+        UserError: whatever the user can put right.
+    """
+    sets = benchmark.sets
+    config = _config(args, language_model, policies, benchmark)
+    headroom = max(task.spec.max_new_tokens for task in sets)
+    headroom += question_room(_longest_question(language_model, benchmark))
+    plans = {policy.label: make_plan(policy, args.budget, headroom=headroom) for policy in policies}
+    readable = f"{benchmark.name}-{Path(language_model.name).name}-{args.budget}"
+    folder = args.out or Path("results") / folder_name(readable, config)
+    tables = run_session(
+        folder=folder,
+        config=config,
+        environment=environment(),
+        title=benchmark.title,
+        sets=sets,
+        policies=list(plans),
+        make_engine=lambda: EvictionEngine(
+            language_model.model,
+            plans,
+            longest_prompt=benchmark.longest_prompt,
+            weights_bytes=language_model.weights_bytes,
+        ),
+        tokenizer=language_model.tokenizer,
+        prompting=benchmark.prompting,
+        score=benchmark.score,
+        seed=args.seed,
+        averages=benchmark.averages,
+        record=benchmark.record,
+    )
+    print_tables(tables)
+    print(f"results: {folder}")
+    return 0
+
+
+def _longest_question(language_model: models.LanguageModel, benchmark: Benchmark) -> int:
+    """Tokens of the longest question that is fed to a compressed cache; 0 if none is."""
+    if not benchmark.prompting.query_agnostic:
+        return 0
+    prompts = (
+        build_prompt(row, task.spec, language_model.tokenizer, benchmark.prompting)
+        for task in benchmark.sets
+        for row in task.rows
+    )
+    return max(len(prompt.ids) - (prompt.context_tokens or 0) for prompt in prompts)
+
+
+def _config(
+    args: argparse.Namespace,
+    language_model: models.LanguageModel,
+    policies: Sequence[PolicyText],
+    benchmark: Benchmark,
+) -> dict[str, Any]:
+    """Everything that influences a prediction: rows are only reused where all of it is equal."""
+    return {
+        "benchmark": benchmark.name,
+        "model": language_model.name,
+        "weights": weights_fingerprint(language_model.model),
+        "dtype": args.dtype,
+        "policies": {
+            policy.label: describe_plan(make_plan(policy, args.budget, headroom=0))
+            for policy in policies
+        },
+        **benchmark.settings,
+        "seed": args.seed,
+        "version": package_version("restkv-jax"),
+        "sets": describe_sets(benchmark.sets),
+    }

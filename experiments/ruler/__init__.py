@@ -1,0 +1,1 @@
+"""RULER's 13 tasks, generated for any tokenizer and length: `python -m experiments.ruler`."""

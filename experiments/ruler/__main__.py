@@ -1,0 +1,90 @@
+"""`python -m experiments.ruler`: eviction policies on RULER's 13 tasks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.core.errors import UserError, run_main
+from experiments.core.program import (
+    Benchmark,
+    announce,
+    load_model,
+    read_policies,
+    run_benchmark,
+)
+from experiments.core.runner import Prompting, build_prompt
+from experiments.core.tasks import Row, SetSpec
+from experiments.ruler.cli import build_parser
+from experiments.ruler.scoring import score_prediction
+from experiments.ruler.sources import Sources
+from experiments.ruler.tasks import TASKS, averages_of, build_sets
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; the exit code is 0.
+
+    Raises:
+        UserError: whatever the user can put right.
+    """
+    args = build_parser().parse_args(argv)
+    policies = read_policies(args)  # cheap complaints first: before anything is downloaded
+    sources = Sources(args.data)
+    language_model = load_model(args)
+    longest, context = max(args.lengths), language_model.config.max_length
+    if context is not None and longest > context:
+        raise UserError(f"--lengths {longest}: the model holds {context} tokens")
+    tokenizer = language_model.tokenizer
+    prompting = Prompting(
+        protocol="official",
+        max_length=None,  # prompts are made to measure
+        eos_ids=language_model.eos_ids,
+        turn_end_ids=language_model.turn_end_ids,
+        query_agnostic=args.query_agnostic,
+    )
+
+    def count(spec: SetSpec, row: Row) -> int:
+        return len(build_prompt(row, spec, tokenizer, prompting).ids)
+
+    sets, notes = build_sets(
+        args.tasks or list(TASKS),
+        sources,
+        lengths=args.lengths,
+        rows=min(args.rows, args.limit or args.rows),
+        seed=args.seed,
+        chat=args.template == "chat",
+        count=count,
+        explicit=args.tasks is not None,
+    )
+    announce(language_model, sets, notes)
+    mode = "query-agnostic" if args.query_agnostic else "query-aware"
+    benchmark = Benchmark(
+        name="ruler",
+        title=f"RULER's tasks (own wordings, {mode}), score 0-100",
+        sets=sets,
+        averages=averages_of(sets),
+        prompting=prompting,
+        longest_prompt=longest,
+        score=score_prediction,
+        record=prediction_row,
+        settings={"template": args.template, "query_agnostic": args.query_agnostic},
+    )
+    return run_benchmark(args, language_model, policies, benchmark)
+
+
+def prediction_row(row: Row, index: int, prediction: str) -> dict[str, Any]:
+    """A line in RULER's format; `input` is the question alone, the context can be made again."""
+    return {
+        "index": index,
+        "pred": prediction,
+        "input": row.input,
+        "outputs": list(row.answers),
+        "others": dict(row.others or {}),
+        "truncation": -1,
+        "length": row.length,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

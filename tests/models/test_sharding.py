@@ -1,0 +1,108 @@
+"""Weights on a mesh: where the table puts them, and that the network computes the same there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense_attend import dense_logits
+from model_fixtures import checkpoints
+
+import models
+from models import Gemma, Llama, ModelConfig
+from models.rope import RopeConfig
+from models.sharding import logical_axes, place_weights, weight_sharding
+from models.weights import named_parameters, parameter_shapes
+from restkv_jax.decode import (
+    CachePlan,
+    MeshRules,
+    RestKV,
+    generate,
+    shard,
+    with_output_factors,
+)
+
+# Sums of the same numbers in another order.
+ATOL = 2e-5
+
+
+def config_of(**changes):
+    base = {
+        "architecture": "LlamaForCausalLM",
+        "vocab_size": 64,
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+        "head_dim": 8,
+        "mlp_size": 40,
+        "rms_eps": 1e-5,
+        "rope": RopeConfig(),
+        "windows": (None, None),
+    }
+    return ModelConfig(**(base | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qkv_bias": True, "out_bias": True, "qk_norm": True},
+        {"architecture": "Gemma2ForCausalLM", "post_norms": True, "tied_embeddings": True},
+    ],
+    ids=["llama", "gemma"],
+)
+def test_every_projection_is_split_and_every_norm_is_whole(changes):
+    rules = MeshRules.over(data=2, model=4)
+    for path, shape in parameter_shapes(config_of(**changes)).items():
+        local = weight_sharding(rules)(path, shape).shard_shape(shape)
+        whole = path.endswith(("norm.w", "attn.o.b"))
+        assert np.prod(local) * (1 if whole else 4) == np.prod(shape), path
+
+
+def test_sizes_that_do_not_split_are_left_whole():
+    rules = MeshRules.over(data=2, model=4)
+    shapes = parameter_shapes(config_of(vocab_size=61, mlp_size=42))
+    for path in ("embed.w", "head.w", "layers.1.mlp.up.w", "layers.1.mlp.down.w"):
+        assert logical_axes(path) != ()
+        assert weight_sharding(rules)(path, shapes[path]).shard_shape(shapes[path]) == shapes[path]
+
+
+def test_a_network_on_a_mesh_generates_what_it_does_on_one_device():
+    model = Llama.init(config_of(), seed=3)
+    rules = MeshRules.over(data=2, model=4)
+    placed = place_weights(model, rules)
+    for path, value in named_parameters(placed).items():
+        assert value.sharding == weight_sharding(rules)(path, value.shape)
+        np.testing.assert_array_equal(value, named_parameters(model)[path])
+    r = np.random.default_rng(0)
+    prompts = [r.permutation(64)[:n].tolist() for n in (40, 61, 17, 50)]
+    plan = CachePlan(policy=RestKV(window=4), budget=12, headroom=16)
+    ours, expected = (
+        generate(lm, prompts, plan=plan, max_new_tokens=9, chunk=8)
+        for lm in (shard(with_output_factors(placed), rules), model)
+    )
+    np.testing.assert_array_equal(ours.tokens, expected.tokens)
+    np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=ATOL)
+    for layer in range(2):
+        np.testing.assert_array_equal(
+            ours.cache.kept_positions(layer), expected.cache.kept_positions(layer)
+        )
+    sizes = {leaf.addressable_shards[0].data.size * 8 for leaf in [ours.cache.stacks[0].k]}
+    assert sizes == {expected.cache.stacks[0].k.size}
+
+
+@pytest.mark.parametrize("folder", checkpoints("hf_tiny/qwen3*"))
+def test_fixtures_load_onto_a_mesh(folder):
+    single = models.load(folder)
+    shards = int(np.gcd(single.config.num_kv_heads, 2))
+    rules = MeshRules.over(data=2, model=shards)
+    placed = models.load(folder, sharding=weight_sharding(rules)).model
+    ids = jnp.arange(9)[None]
+    np.testing.assert_allclose(
+        jax.jit(dense_logits)(placed, ids, ids), dense_logits(single.model, ids, ids), atol=ATOL
+    )
+
+
+def test_another_family_is_placed_as_its_own_class():
+    config = config_of(architecture="Gemma2ForCausalLM", post_norms=True, unit_offset=True)
+    placed = place_weights(Gemma.init(config), MeshRules.over(data=2, model=4))
+    assert isinstance(placed, Gemma)
