@@ -1,70 +1,97 @@
 """Every architecture under every policy: decoding from the evicted cache is masked attention."""
 
-import jax
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from model_fixtures import checkpoints
+from programs import quickly
 
 import models
-from restkv_jax.decode import (
-    CachePlan,
-    Full,
-    RestKV,
-    SnapKV,
-    Streaming,
-    decode_step,
-    pad_prompts,
-    prefill,
-)
+from models.registry import make_network
+from models.weights import named_parameters
+from restkv_jax.decode import POLICIES, CachePlan, decode_step, pad_prompts, prefill
+from restkv_jax.policies import PRESETS, LaCache
 from tests.restkv_jax.dense import dense_attend
 
 W, BUDGET, HEADROOM = 8, 16, 8
 LENGTHS = (50, 37)
 NEW = 4
-POLICIES = {
-    "full": Full(),
-    "streaming": Streaming(),
-    **{
-        f"{name}-{granularity}": make(window=W, granularity=granularity)
-        for name, make in (
-            ("snapkv", SnapKV),
-            ("restkv-released", RestKV.released),
-            ("restkv-paper", RestKV.paper),
-        )
-        for granularity in ("kv_head", "query_head")
-    },
-}
+LOGITS_MAX = 2e-4
+
+
+def settings():
+    """Every policy in every granularity that it has, and every preset; small windows."""
+    found = {}
+    for name, policy in POLICIES.items():
+        options = [{}]
+        fields = {field.name for field in dataclasses.fields(policy)}
+        if "granularity" in fields:
+            options = [{"granularity": value} for value in ("kv_head", "query_head")]
+        for option in options:
+            window = {"window": W} if "window" in fields else {}
+            if policy is LaCache:
+                window = {"span": 1}  # below the number of layers here
+            for preset, make in {"": policy, **PRESETS.get(name, {})}.items():
+                label = "-".join(filter(None, (name, preset, *option.values())))
+                found.setdefault(make(**window, **option), label)  # a preset may be the default
+    return {label: setting for setting, label in found.items()}
+
+
+SETTINGS = settings()
 PLANS = tuple(
     CachePlan(policy=policy, budget=BUDGET if policy.needs_budget else None, headroom=HEADROOM)
-    for policy in POLICIES.values()
+    for policy in SETTINGS.values()
 )
-LOGITS_MAX = 5e-4
-STEP = jax.jit(decode_step)
 
 
-@jax.jit
 def masked_logits(model, tokens, allowed):
     positions = jnp.arange(tokens.shape[0])[None]
     hidden, _ = model(tokens[None], positions, dense_attend(model, allowed), None)
     return model.unembed(hidden)[0]
 
 
+def shallow(model):
+    """The model with two of its layers, one of each kind if it has two kinds."""
+    config = model.config
+    kinds = list(dict.fromkeys(config.windows))
+    chosen = [config.windows.index(kind) for kind in kinds] if len(kinds) > 1 else [0, 1]
+    values = named_parameters(model)
+
+    def weights(path, _):
+        if path.startswith("layers."):
+            _, layer, name = path.split(".", 2)
+            path = f"layers.{chosen[int(layer)]}.{name}"
+        return values[path]
+
+    windows = tuple(config.windows[layer] for layer in chosen)
+    return make_network(dataclasses.replace(config, num_layers=2, windows=windows), weights)
+
+
 @pytest.fixture(scope="module", params=checkpoints("hf_tiny/*", wants="goldens.npz"))
 def case(request):
-    """A model, a ragged batch, and the logits and caches of one prefill under all plans."""
+    """A model, a ragged batch, logits and caches of one prefill under all plans, and programs."""
     with np.load(request.param / "goldens.npz") as goldens:
         prompts = [goldens["input_ids"][row, :length] for row, length in enumerate(LENGTHS)]
         new = goldens["input_ids"][:, -NEW:]
-    model = models.load(request.param).model
-    logits, caches = prefill(model, *pad_prompts(prompts), plans=PLANS)
-    return model, prompts, new, logits, dict(zip(POLICIES, caches, strict=True))
+    model = shallow(models.load(request.param).model)
+    logits, caches = quickly(prefill, plans=PLANS)(model, *pad_prompts(prompts))
+    caches = dict(zip(SETTINGS, caches, strict=True))
+    return model, prompts, new, logits, caches, quickly(decode_step), quickly(masked_logits)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_fixtures_decoding_sees_what_was_kept(case, policy):
-    model, prompts, new, prefilled, caches = case
-    cache = caches[policy]
+def test_every_policy_is_here():
+    assert {policy.name for policy in SETTINGS.values()} == set(POLICIES)
+    for name in ("snapkv", "restkv", "expected_attention", "ablation"):
+        assert f"{name}-kv_head" in SETTINGS
+        assert f"{name}-query_head" in SETTINGS
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_fixtures_decoding_sees_what_was_kept(case, setting):
+    model, prompts, new, prefilled, caches, step_on, masked = case
+    cache = caches[setting]
     expected = []
     for row, prompt in enumerate(prompts):
         tokens = np.concatenate([prompt, new[row]])
@@ -72,11 +99,11 @@ def test_fixtures_decoding_sees_what_was_kept(case, policy):
             jnp.asarray(_allowed(cache, model.layer_specs, layer, row, len(prompt), len(tokens)))
             for layer in range(len(model.layer_specs))
         )
-        logits = masked_logits(model, jnp.asarray(tokens), allowed)
+        logits = masked(model, tokens, allowed)
         np.testing.assert_allclose(prefilled[row], logits[len(prompt) - 1], atol=LOGITS_MAX)
         expected.append(np.asarray(logits[len(prompt) :]))
     for step in range(NEW):
-        logits, cache = STEP(model, cache, jnp.asarray(new[:, step]), jnp.ones(2, bool))
+        logits, cache = step_on(model, cache, new[:, step], jnp.ones(2, bool))
         for row in range(2):
             np.testing.assert_allclose(logits[row], expected[row][step], atol=LOGITS_MAX)
 
@@ -89,6 +116,7 @@ def _allowed(cache, specs, layer, row, length, total):
     if spec.window is None:
         for head in range(spec.num_heads):
             own = kept[head * kept.shape[0] // spec.num_heads]
+            assert (own >= 0).sum() <= BUDGET or cache.slots(layer) > BUDGET + HEADROOM
             mask[head, length:, np.setdiff1d(np.arange(length), own)] = False
     else:
         first = max(length - spec.window, 0)
