@@ -33,6 +33,10 @@ Importance = Literal["attention", "reconstruction"]
 BLOCK = 128
 
 
+# Shares below it count as none: ratios of numbers as small as that are not finite.
+_LEAST_SHARE = 1e-12
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadBudgets:
     """How a model's heads share a budget, measured by `calibrate_head_budgets`.
@@ -83,6 +87,7 @@ class HeadBudgets:
         high = min(low + 1, len(known) - 1)
         share = (1.0 - (place - low)) * table[low] + (place - low) * table[high]
         share = (1.0 - floor) * share + floor / share.size
+        share = np.where(share < _LEAST_SHARE, 0.0, share)
         free = budget - self.forced
         return self.forced + apportion(share, free * share.size, length - self.forced)
 

@@ -15,7 +15,7 @@ from restkv_jax.decode import POLICIES, CachePlan, decode_step, pad_prompts, pre
 from restkv_jax.policies import PRESETS, LaCache
 from tests.restkv_jax.dense import dense_attend
 
-W, BUDGET, HEADROOM = 8, 16, 8
+W, BUDGET, HEADROOM = 8, 24, 8
 LENGTHS = (50, 37)
 NEW = 4
 LOGITS_MAX = 2e-4

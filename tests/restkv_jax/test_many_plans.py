@@ -38,7 +38,7 @@ POLICIES = [
     SnapKV(window=W),
     LaCache(span=1),
     RestKV(window=W),
-    RestKV.robust(window=W),
+    RestKV.robust(window=W, recent=W),
     RestKV.paper(window=W, granularity="query_head"),
     CAOTE(window=W),
     CriticalKV(window=W),
