@@ -33,6 +33,10 @@ Importance = Literal["attention", "reconstruction"]
 BLOCK = 128
 
 
+# Shares below it count as none: ratios of numbers as small as that are not finite.
+_LEAST_SHARE = 1e-12
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadBudgets:
     """How a model's heads share a budget, measured by `calibrate_head_budgets`.
@@ -83,6 +87,7 @@ class HeadBudgets:
         high = min(low + 1, len(known) - 1)
         share = (1.0 - (place - low)) * table[low] + (place - low) * table[high]
         share = (1.0 - floor) * share + floor / share.size
+        share = np.where(share < _LEAST_SHARE, 0.0, share)
         free = budget - self.forced
         return self.forced + apportion(share, free * share.size, length - self.forced)
 
@@ -189,7 +194,9 @@ def calibrate_head_budgets(
 
     Args:
         model: see `CausalLM`; its loop over layers must be unrolled.
-        tokens: texts of one length, without padding, or random token ids.
+        tokens: texts of one length, without padding, or random token ids. Of a model with sliding
+            windows better twice as long as a window: what a window still holds of the text is read
+            there, and not in the layers that are measured.
         budget: entries a head on average, for which shares are measured; one or several.
         by: "attention" or "reconstruction".
         instruction: tokens between a text and its repetition.
@@ -206,6 +213,12 @@ def calibrate_head_budgets(
     length, forced = tokens.shape[1], sinks + recent
     if min(sinks, recent) < 0 or forced >= length:
         raise ValueError(f"sinks, recent: expected fewer than {length}, got {sinks} and {recent}")
+    window = max((spec.window or 0 for spec in model.layer_specs), default=0)
+    if length <= window:
+        raise ValueError(
+            f"tokens: expected more than {window}, the sliding window of other layers, which would "
+            f"repeat the text by themselves; got {length}"
+        )
     if by not in get_args(Importance):
         raise ValueError(f"by: expected attention or reconstruction, got {by!r}")
     if not budgets or not forced < budgets[0] <= budgets[-1] <= length:
@@ -283,9 +296,8 @@ def _layer_importance(
     """One layer's attention over text and repetition, and the importance of the text's entries."""
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     batch, heads, columns, _ = q.shape
-    out = jnp.swapaxes(
-        causal_attention(q, k, v, jnp.full(batch, columns, jnp.int32), spec=spec)[0], 1, 2
-    )
+    out, _ = causal_attention(q, k, v, jnp.full(batch, columns, jnp.int32), spec=spec)
+    out = jnp.swapaxes(out, 1, 2)
     if spec.window is not None:
         return out, jnp.zeros((batch, spec.num_kv_heads, length))
     factor = w_o.factor if isinstance(w_o, Projection) else output_factor(w_o)

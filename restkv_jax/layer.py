@@ -54,9 +54,9 @@ class LayerInputs:
             for a prompt, whose last `lengths` columns are its tokens.
         carried: [B, N, T] what the policy handed on at the last eviction, negative for entries
             that came later. None if this is the first.
-        probe: whose queries policies with a window score by instead of the last ones, or None.
         log_sums: [B, N, Q] log of each query's sum of exp(logits) over a prompt, +inf for padding,
             if its attention was computed before; else None.
+        probe: whose queries policies with a window score by instead of the last ones, or None.
     """
 
     q: Float[Array, "B N Q H"]
@@ -70,8 +70,8 @@ class LayerInputs:
     num_layers: int = dataclasses.field(default=1, metadata={"static": True})
     cached_positions: Int[Array, "B K T"] | None = None
     carried: Float[Array, "B N T"] | None = None
-    probe: Probe | None = None
     log_sums: Float[Array, "B N Q"] | None = None
+    probe: Probe | None = None
 
     def __post_init__(self) -> None:
         """Starts the memory of `once`, which is no part of the value."""

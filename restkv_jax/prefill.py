@@ -171,7 +171,7 @@ def _attend_and_evict(
         q: Array, k: Array, v: Array, w_o: Projection, lengths: Array, index: Array
     ) -> tuple[Array, tuple[CompressedLayer, ...]]:
         out, log_sums = causal_attention(q, k, v, lengths, spec=spec)
-        before, behind = ([x[:, :, part] for x in (q, k, v, log_sums)] for part in parts)
+        before, behind = ([x[:, :, part] for x in (q, k, v)] for part in parts)
         inputs = LayerInputs(
             q=before[0][:, :, -queries:],
             k=before[1],
@@ -182,8 +182,8 @@ def _attend_and_evict(
             w_o=w_o.w_o,
             index=index,
             num_layers=num_layers,
+            log_sums=log_sums[:, :, :columns][:, :, -queries:],
             probe=Probe(q=behind[0], k=behind[1], v=behind[2]) if probe else None,
-            log_sums=before[3][:, :, -queries:],
         )
         kept = tuple(
             compress(

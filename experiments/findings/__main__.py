@@ -46,12 +46,15 @@ def calibrate(
         path = folder / f"calibration-{name}.json"
         if not path.exists():
             start = time.monotonic()
-            made = calibrate_head_budgets(
-                model,
-                texts["random" if name == "random" else "prose"],
-                budget=budgets,
-                by=by,  # type: ignore[arg-type]
-            )
+            try:
+                made = calibrate_head_budgets(
+                    model,
+                    texts["random" if name == "random" else "prose"],
+                    budget=budgets,
+                    by=by,  # type: ignore[arg-type]
+                )
+            except ValueError as error:
+                raise UserError(f"--calibration-length {length}: {error}") from None
             made.save(path)
             print(f"calibrated by {name}: {time.monotonic() - start:.0f} s", flush=True)
         found[name] = HeadBudgets.load(path, model)

@@ -15,16 +15,24 @@ Cell = tuple[str, str]
 
 
 def tables(samples: Sequence[Mapping[str, Any]]) -> list[TextTable]:
-    """One table for each mode, length and group of tasks.
+    """For each mode and length all tasks with an answer together, the continuation, and each task.
 
-    A cell is "accuracy % ± standard error / KL ± standard error" over all samples of the tasks with
-    an answer, KL alone for the continuation.
+    A cell is "accuracy % ± standard error / KL ± standard error", KL alone for the continuation.
+    Beside it, but for single tasks, the difference of KL from a reference in the same samples, its
+    95 % bootstrap interval, and in how many samples it is lower.
     """
-    groups: dict[tuple[str, int, bool], list[Mapping[str, Any]]] = collections.defaultdict(list)
+    groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = collections.defaultdict(list)
     for sample in samples:
-        plain = sample["task"] == "continuation"
-        groups[sample["mode"], sample["length"], plain].append(sample)
-    return [_table(*key, rows) for key, rows in sorted(groups.items())]
+        mode, length, task = (sample[key] for key in ("mode", "length", "task"))
+        groups[mode, length, task].append(sample)
+        if task != "continuation":
+            groups[mode, length, ""].append(sample)
+    return [
+        _table(
+            mode, length, rows, plain=task == "continuation", paired=task in ("", "continuation")
+        )
+        for (mode, length, task), rows in sorted(groups.items())
+    ]
 
 
 def bootstrap(values: Sequence[float], *, draws: int = 2000) -> tuple[float, float]:
@@ -35,7 +43,9 @@ def bootstrap(values: Sequence[float], *, draws: int = 2000) -> tuple[float, flo
     return float(low), float(high)
 
 
-def _table(mode: str, length: int, plain: bool, samples: Sequence[Mapping[str, Any]]) -> TextTable:
+def _table(
+    mode: str, length: int, samples: Sequence[Mapping[str, Any]], *, plain: bool, paired: bool
+) -> TextTable:
     values: dict[Cell, dict[int, list[Mapping[str, Any]]]] = {}
     for sample in samples:
         for cell in sample["cells"]:
@@ -45,15 +55,18 @@ def _table(mode: str, length: int, plain: bool, samples: Sequence[Mapping[str, A
     reference = values["restkv_k21" if mode == "inside" else "vnorm", "uniform"]
     rows = []
     for (policy, allocation), row in values.items():
+        if any(len(row.get(b, row.get(0, []))) < len(samples) for b in budgets):
+            continue  # not in all of the samples
         cells = []
         for budget in budgets:
             found = row.get(budget, row.get(0, []))
             cells.append(_mean(found, plain))
-            cells.append(_difference(found, reference[budget]))
+            if paired:
+                cells.append(_difference(found, reference[budget]))
         rows.append((f"{policy} / {allocation}", *cells))
     counts = collections.Counter(sample["task"] for sample in samples)
     tasks = ", ".join(f"{task} n={n}" for task, n in counts.items())
-    columns = [name for b in budgets for name in (str(b), f"ΔKL@{b}")]
+    columns = [name for b in budgets for name in (str(b), f"ΔKL@{b}")[: 1 + paired]]
     return TextTable(
         f"{mode}, {length} tokens: {tasks}", ("policy / allocation", *columns), tuple(rows)
     )
@@ -69,9 +82,7 @@ def _mean(cells: Sequence[Mapping[str, Any]], plain: bool) -> str:
 
 
 def _difference(cells: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> str:
-    """KL less the reference's, its 95 % bootstrap interval, and in how many samples it is lower."""
-    if len(cells) != len(reference):
-        return ""
+    """KL less the reference's."""
     gaps = [a["kl"] - b["kl"] for a, b in zip(cells, reference, strict=True)]
     low, high = bootstrap(gaps)
     lower = sum(gap < 0 for gap in gaps)

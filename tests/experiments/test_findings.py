@@ -90,7 +90,8 @@ def test_entries_that_are_marked_empty_are_as_good_as_evicted():
         "frozen": {"heads": found.frozen(budget)},
         "layers": {"budget": found.layers(budget)},
     }
-    pairs = [(name, spread) for name in policies for spread in plans]
+    pairs = [("vnorm", spread) for spread in ("uniform", "frozen", "layers")]
+    pairs += [("restkv", spread) for spread in ("pyramid", "adakv", "shared")]
     listed = [
         CachePlan(policy=policies[name], **{"budget": budget, "headroom": 4, **plans[spread]})
         for name, spread in pairs
@@ -128,12 +129,13 @@ def sample_row(seed, kl):
 
 
 def test_tables_show_means_errors_and_paired_differences():
-    (table,) = report.tables([sample_row(0, (1.0, 2.0)), sample_row(1, (3.0, 6.0))])
+    table, single = report.tables([sample_row(0, (1.0, 2.0)), sample_row(1, (3.0, 6.0))])
     assert "record n=2" in table.title
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["full / uniform"][0] == "100 ± 0 / 0.000 ± 0.000"
     assert rows["streaming / uniform"][0] == "50 ± 0 / 4.000 ± 2.000"
     assert rows["streaming / uniform"][1] == "+2.00 [+1.00, +3.00] 0/2"
+    assert [row[:2] for row in table.rows] == list(single.rows)
     low, high = report.bootstrap([1.0, 1.0, 1.0])
     assert (low, high) == (1.0, 1.0)
 

@@ -212,10 +212,9 @@ def test_a_cache_holds_the_budgets_in_the_bytes_of_equal_ones_and_decodes_on(mod
         expected = dense.logits_of(model, prompt + new, allowed_by(sets, len(prompt), len(new)))
         logits, _ = extend(model, one, jnp.asarray([new, new]))
         np.testing.assert_allclose(logits[0], expected[len(prompt) :], atol=5e-5)
-        step, _ = jax.jit(decode_step)(
-            model, one, jnp.asarray(new[:1] * 2), jnp.asarray([True, True])
-        )
-        np.testing.assert_allclose(step[0], expected[len(prompt)], atol=5e-5)
+    both = jnp.asarray([True, True])
+    step, _ = jax.jit(decode_step)(model, layered, jnp.asarray(new[:1] * 2), both)
+    np.testing.assert_allclose(step[0], expected[len(prompt)], atol=5e-5)
 
 
 def allowed_by(sets, length, new):
@@ -278,6 +277,10 @@ def test_budgets_that_cannot_be_met_are_refused(model, calibrated):
     sliding = tiny.with_windows(model, (8,) * LAYERS)
     with pytest.raises(ValueError, match=r"^model\b"):
         calibrate_head_budgets(sliding, texts(20), budget=8, sinks=1, recent=1)
+    with pytest.raises(ValueError, match=r"^tokens\b.*20"):
+        calibrate_head_budgets(
+            tiny.with_windows(model, (20, None, None)), texts(20), budget=8, sinks=1, recent=1
+        )
     with pytest.raises(ValueError, match=r"^total\b"):
         apportion(np.ones(2), 9, 4)
     narrow = FrozenHeads(slots=((4, 20), (20, 20)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,6 +20,8 @@ from restkv_jax.decode import (
     RestKV,
     SnapKV,
     Streaming,
+    compress,
+    layer_inputs,
     pad_prompts,
     prefill,
 )
@@ -35,7 +38,7 @@ POLICIES = [
     SnapKV(window=W),
     LaCache(span=1),
     RestKV(window=W),
-    RestKV.robust(window=W),
+    RestKV.robust(window=W, recent=W),
     RestKV.paper(window=W, granularity="query_head"),
     CAOTE(window=W),
     CriticalKV(window=W),
@@ -44,8 +47,8 @@ POLICIES = [
 ]
 
 
-def plans_of(policy, budgets=BUDGETS, **options):
-    return tuple(CachePlan(policy=policy, budget=b, headroom=4, **options) for b in budgets)
+def plans_of(policy, budgets=BUDGETS):
+    return tuple(CachePlan(policy=policy, budget=budget, headroom=4) for budget in budgets)
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +62,29 @@ def batch():
     return pad_prompts([r.integers(0, 61, length).tolist() for length in (60, 33)])
 
 
-def test_every_cache_is_the_one_of_its_plan_alone(model, batch):
-    """All policies at two budgets, and budgets by head, against prefills of one plan each."""
-    plans = sum((plans_of(policy, (9, 20)) for policy in POLICIES), ())
-    plans += plans_of(SnapKV(window=W), (9, 12), heads=AdaKV())
-    logits, caches = prefill(model, *batch, plans=plans)
-    compared = list(zip(plans, caches, strict=True))
-    # Each alone is a program of its own: of every policy the larger budget's.
-    for plan, cache in compared[1::2]:
-        alone_logits, (alone,) = prefill(model, *batch, plans=(plan,))
-        np.testing.assert_array_equal(logits, alone_logits)
-        for ours, theirs in zip(jax.tree.leaves(cache), jax.tree.leaves(alone), strict=True):
-            np.testing.assert_array_equal(ours, theirs, err_msg=repr(plan))
+def test_what_a_plan_keeps_does_not_depend_on_the_other_plans():
+    """What one layer's inputs remember from plan to plan is never another plan's."""
+    r = np.random.default_rng(0)
+    shapes = (2, 4, 40, 8), (2, 2, 40, 8), (2, 2, 40, 8), (4, 8, 24)
+    arrays = [r.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+    def inputs():
+        return layer_inputs(*arrays, lengths=jnp.asarray([40, 22]), index=1, num_layers=2)
+
+    plans = [(policy, budget, None) for policy in POLICIES for budget in (9, 20)]
+    plans += [(SnapKV(window=W), budget, AdaKV()) for budget in (9, 20)]
+
+    @jax.jit
+    def kept_together_and_alone():
+        shared = inputs()
+        together = [compress(p, shared, capacity=n, heads=heads) for p, n, heads in plans]
+        # The first budget's score is what the second one might wrongly be given.
+        alone = [compress(p, inputs(), capacity=n, heads=heads) for p, n, heads in plans[1::2]]
+        return together[1::2], alone
+
+    for plan, ours, alone in zip(plans[1::2], *kept_together_and_alone(), strict=True):
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=repr(plan))
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)

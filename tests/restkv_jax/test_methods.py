@@ -204,7 +204,7 @@ CASES = [
     ),
     (CriticalKV(window=W), windowed(critical("kv_head"))),
     (CriticalKV(window=W, granularity="query_head"), windowed(critical("query_head"))),
-    (RestKV.robust(window=W), windowed(grouped(by_query_head(robust)), sinks=4)),
+    (RestKV.robust(window=W, recent=None), windowed(grouped(by_query_head(robust)), sinks=4)),
     (
         SnapKV(window=W, sinks=2, kernel=7, pooling="maxpool", granularity="query_head"),
         windowed(by_query_head(snapkv_sinks), sinks=2),
@@ -382,7 +382,7 @@ def test_every_method_and_preset_is_registered():
     names = {type(policy).name for policy in POLICIES_HERE}
     assert names <= POLICIES.keys()
     assert all(name == cls.name for name, cls in POLICIES.items())
-    assert PRESETS["restkv"]["robust"]() == RestKV(sinks=4, spatial="avgpool", kernel=21)
+    assert PRESETS["restkv"]["robust"]() == RestKV(sinks=4, recent=12, spatial="avgpool", kernel=21)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ POLICIES = [
     RestKV(window=W),
     RestKV(window=W, form="before", spatial="none"),
     RestKV(window=W, form="before", temporal="max", relative=True),
-    RestKV.robust(window=W),
+    RestKV.robust(window=W, recent=None),
     CAOTE(window=W),
     DropKV(window=W),
     CriticalKV(window=W, aggregate="max"),

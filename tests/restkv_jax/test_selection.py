@@ -36,7 +36,7 @@ SCORED = [
     RestKV.paper(window=W, granularity="query_head"),
     RestKV(window=W, group_reduce="max", spatial="avgpool"),
     RestKV(window=W, scale=3.0),
-    RestKV.robust(window=W, kernel=7),
+    RestKV.robust(window=W, recent=None, kernel=7),
     H2O(window=W),
     Ablation(window=W, indicator="attn-v"),
 ]

@@ -26,6 +26,7 @@ from restkv_jax.decode import (
     MeshRules,
     RestKV,
     SharedBudget,
+    VNorm,
     compress,
     decode_chunk,
     extend,
@@ -55,6 +56,8 @@ def small(policy_class):
     """The policy with options that fit 12 slots and two layers."""
     if policy_class is LaCache:
         return LaCache(sinks=2, span=1)
+    if policy_class is VNorm:
+        return VNorm(sinks=2, recent=W)
     return policy_class(window=W) if hasattr(policy_class, "window") else policy_class()
 
 
