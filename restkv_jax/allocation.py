@@ -17,41 +17,84 @@ from restkv_jax.protocols import LayerSpec
 class HeadAllocation(abc.ABC):
     """How the slots of a layer are spread over its J heads; frozen and hashable.
 
-    The layer holds one flat list of entries, so its bytes are the sum of the heads' budgets
-    whatever each of them gets.
+    Heads that share slots hold one flat list of entries, so their bytes are the sum of their
+    budgets whatever each of them gets.
 
     Attributes:
         name: what the allocation is called on command lines and in results.
-        across_heads: True if a head's share depends on the other heads' scores, so that heads
-            that live on several devices would have to exchange them.
+        lists: how many lists a layer's heads are dealt out to, the first heads to the first one;
+            heads share the slots of their own list alone. A device holds whole lists, so heads
+            that are split over n devices need a multiple of n of them, and then no exchange.
     """
 
     name: ClassVar[str]
-    across_heads: ClassVar[bool] = True
 
-    def require_all_heads(self, spec: LayerSpec) -> None:
-        """Refuses a layer whose heads are split over devices, see `restkv_jax.sharding`.
+    lists: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuses what is no number of lists.
 
         Raises:
-            ValueError: naming the mesh axis.
+            ValueError: naming the option.
         """
-        if spec.head_axis is not None:
+        if self.lists < 1:
+            raise ValueError(f"lists: expected at least 1, got {self.lists}")
+
+    def lists_here(self, heads: int, spec: LayerSpec) -> int:
+        """How many of the lists a device holds.
+
+        Args:
+            heads: sets of entries that it holds.
+            spec: of the layer.
+
+        Raises:
+            ValueError: lists that cannot be dealt out evenly to the heads, or to the devices.
+        """
+        if self.lists % spec.head_shards:
             raise ValueError(
-                f"heads: budgets by head ({self.name}) need all heads of a layer on one device, "
-                f"but they are split over mesh axis {spec.head_axis!r}; put the batch on its "
-                "devices instead, or use equal budgets"
+                f"heads: the heads of a layer are split over {spec.head_shards} devices of mesh "
+                f"axis {spec.head_axis!r}, and {self.lists} shared list(s) ({self.name}) cannot "
+                f"be: expected a multiple, such as lists={spec.head_shards}"
             )
+        here = self.lists // spec.head_shards
+        if heads % here:
+            raise ValueError(f"lists: {heads} heads cannot be dealt out evenly to {here} lists")
+        return here
 
     def capacity(self, slots: int, heads: int, layer: int) -> int:
-        """F, static: entries of all heads together, `slots` of each on average."""
+        """F, static: entries of a list.
+
+        Args:
+            slots: of a head on average.
+            heads: how many share a list.
+            layer: static index.
+        """
         del layer
         return slots * heads
+
+    def spread(
+        self,
+        importance: Float[Array, "B J T"],
+        budget: Int[Array, " B"],
+        slots: int,
+        layer: int,
+        spec: LayerSpec,
+    ) -> Int[Array, "B J"]:
+        """`counts` of the heads of every list that this device holds.
+
+        Arguments as of `counts`, and the layer's spec.
+        """
+        batch, heads, columns = importance.shape
+        lists = self.lists_here(heads, spec)
+        by_list = importance.reshape(batch * lists, -1, columns)
+        found = self.counts(by_list, jnp.repeat(budget, lists), slots, layer)
+        return found.reshape(batch, heads)
 
     @abc.abstractmethod
     def counts(
         self, importance: Float[Array, "B J T"], budget: Int[Array, " B"], slots: int, layer: int
     ) -> Int[Array, "B J"]:
-        """Entries that each head keeps, pinned ones included.
+        """Entries that each head of one list keeps, pinned ones included.
 
         Args:
             importance: +inf for what is always kept, -inf for padding.
@@ -81,6 +124,7 @@ class AdaKV(HeadAllocation):
         Raises:
             ValueError: naming the option.
         """
+        HeadAllocation.__post_init__(self)
         _require_share(self.floor)
 
     def counts(
@@ -116,6 +160,7 @@ class SharedBudget(HeadAllocation):
         Raises:
             ValueError: naming the option.
         """
+        HeadAllocation.__post_init__(self)
         _require_share(self.floor)
 
     def counts(
@@ -145,7 +190,6 @@ class FrozenHeads(HeadAllocation):
     """
 
     name: ClassVar[str] = "frozen"
-    across_heads: ClassVar[bool] = False
 
     slots: tuple[tuple[int, ...], ...]
 
@@ -155,28 +199,47 @@ class FrozenHeads(HeadAllocation):
         Raises:
             ValueError: naming the layer.
         """
+        HeadAllocation.__post_init__(self)
         for layer, heads in enumerate(self.slots):
             if not heads or min(heads) < 1:
                 raise ValueError(f"slots: layer {layer}: expected at least 1 a head, got {heads}")
 
     def capacity(self, slots: int, heads: int, layer: int) -> int:
-        """The layer's own sum.
+        """The largest of the lists' sums.
 
         Raises:
             ValueError: budgets of another model.
         """
         del slots
-        if layer >= len(self.slots) or len(self.slots[layer]) != heads:
+        expected = heads * self.lists
+        if layer >= len(self.slots) or len(self.slots[layer]) != expected:
             raise ValueError(
-                f"slots: expected {heads} heads in layer {layer}, got budgets for "
+                f"slots: expected {expected} heads in layer {layer}, got budgets for "
                 f"{[len(heads) for heads in self.slots]}"
             )
-        return sum(self.slots[layer])
+        own = self.slots[layer]
+        return max(sum(own[i : i + heads]) for i in range(0, expected, heads))
+
+    def spread(
+        self,
+        importance: Float[Array, "B J T"],
+        budget: Int[Array, " B"],
+        slots: int,
+        layer: int,
+        spec: LayerSpec,
+    ) -> Int[Array, "B J"]:
+        """The same for every row; of all the layer's heads those that this device holds."""
+        fixed = jnp.asarray(self.slots[layer], jnp.int32)
+        if spec.head_axis is not None:
+            heads = importance.shape[1]
+            first = jax.lax.axis_index(spec.head_axis) * heads
+            fixed = jax.lax.dynamic_slice_in_dim(fixed, first, heads)
+        return jnp.broadcast_to(fixed, importance.shape[:2])
 
     def counts(
         self, importance: Float[Array, "B J T"], budget: Int[Array, " B"], slots: int, layer: int
     ) -> Int[Array, "B J"]:
-        """The same for every row."""
+        """The same for every row, all heads of a layer in one list."""
         del budget, slots
         fixed = jnp.asarray(self.slots[layer], jnp.int32)
         return jnp.broadcast_to(fixed, importance.shape[:2])

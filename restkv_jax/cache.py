@@ -53,7 +53,7 @@ class KVCache:
         """
         kept = 0 if self.eviction is None else self.eviction.budget
         room = [
-            size // (stack.heads if stack.owners is not None else 1) - kept
+            size // stack.heads_per_list - kept
             for stack in self.stacks
             if not stack.ring
             for size in stack.sizes
@@ -80,25 +80,30 @@ class KVCache:
         return dataclasses.replace(self, stacks=stacks)
 
     def slots(self, layer: int) -> int:
-        """Slots of a layer; of all its heads together if they have budgets of their own."""
+        """Slots of a layer's head, or of a list if heads share lists."""
         stack, row = self.rows[layer]
         return self.stacks[stack].sizes[row]
 
     def kept_positions(self, layer: int) -> Int[Array, "B J S"]:
-        """Positions held by a layer's heads, -1 for empty slots; J = 1 for a shared list."""
+        """Positions held by a layer's heads, or lists, -1 for empty slots."""
         stack, row = self.rows[layer]
         return self.stacks[stack].layer(row).positions
 
-    def owners(self, layer: int) -> Int[Array, "B 1 S"] | None:
+    def owners(self, layer: int) -> Int[Array, "B J S"] | None:
         """The head that each entry of a layer belongs to, None if every head has its own slots."""
-        stack, row = self.rows[layer]
-        return self.stacks[stack].layer(row).owners
+        index, row = self.rows[layer]
+        stack = self.stacks[index]
+        owners = stack.layer(row).owners
+        if owners is None:
+            return None
+        first = jnp.arange(owners.shape[1])[:, None] * stack.heads_per_list
+        return jnp.where(owners >= 0, first + owners, -1)
 
 
 class _Kind(NamedTuple):
     ring: bool
     heads: int
-    shared: bool
+    lists: int | None
     head_dim: int
     num_heads: int
 
@@ -138,20 +143,22 @@ def init_cache(
     kinds, sizes = [], []
     for layer, spec in enumerate(specs):
         own = plan.for_layer(spec, prompt_columns)
-        if own.heads is not None:
-            own.heads.require_all_heads(spec)
         heads = own.policy.cache_heads(spec.num_heads, spec.num_kv_heads)
+        lists = None
+        if own.heads is not None:
+            own.heads.lists_here(heads // spec.head_shards, spec)
+            lists = own.heads.lists
         kinds.append(
             _Kind(
                 ring=spec.window is not None,
                 heads=heads,
-                shared=own.heads is not None,
+                lists=lists,
                 head_dim=spec.head_dim,
                 num_heads=spec.num_heads,
             )
         )
         where = (prompt_columns, layer, len(specs))
-        sizes.append(own.slots(*where) if own.heads is None else own.flat_slots(heads, *where))
+        sizes.append(own.slots(*where) if lists is None else own.flat_slots(heads // lists, *where))
     distinct = list(dict.fromkeys(kinds))
     rows, seen = [], dict.fromkeys(distinct, 0)
     for kind in kinds:
@@ -160,7 +167,7 @@ def init_cache(
     stacks = []
     for kind in distinct:
         own_sizes = tuple(size for size, k in zip(sizes, kinds, strict=True) if k == kind)
-        lists, total = 1 if kind.shared else kind.heads, sum(own_sizes)
+        lists, total = kind.lists or kind.heads, sum(own_sizes)
         shape = (batch, lists, total, kind.head_dim)
         remember = query_rows and not kind.ring
         queries = (len(own_sizes), batch, kind.num_heads, query_rows + 1, kind.head_dim)
@@ -173,7 +180,7 @@ def init_cache(
                 sizes=own_sizes,
                 heads=kind.heads,
                 ring=kind.ring,
-                owners=jnp.full((batch, 1, total), -1, jnp.int32) if kind.shared else None,
+                owners=jnp.full((batch, lists, total), -1, jnp.int32) if kind.lists else None,
                 queries=jnp.zeros(queries, dtype) if remember else None,
                 carried=(
                     jnp.full((batch, kind.num_heads, total), -1.0)

@@ -91,12 +91,14 @@ class HeadBudgets:
         free = budget - self.forced
         return self.forced + apportion(share, free * share.size, length - self.forced)
 
-    def frozen(self, budget: int, *, length: int | None = None, floor: float = 0.0) -> FrozenHeads:
-        """Budgets by head and layer; arguments as of `counts`."""
+    def frozen(
+        self, budget: int, *, length: int | None = None, floor: float = 0.0, lists: int = 1
+    ) -> FrozenHeads:
+        """Budgets by head and layer; arguments as of `counts`, and `HeadAllocation.lists`."""
         counts = iter(self.counts(budget, length=length, floor=floor).tolist())
         # What a layer with a sliding window is given here has no effect.
         slots = [tuple(next(counts) for _ in range(k)) or (budget,) for k in self.heads]
-        return FrozenHeads(slots=tuple(slots))
+        return FrozenHeads(slots=tuple(slots), lists=lists)
 
     def layers(
         self, budget: int, *, length: int | None = None, floor: float = 0.0

@@ -19,20 +19,22 @@ from restkv_jax.policies import Policy
 class CompressedLayer:
     """The K/V that one layer keeps; J heads, K or N of them by the policy's granularity.
 
-    With budgets by head it is one list of all heads' entries: J is 1, and C their sum.
+    With budgets by head they are lists that several heads share: J lists, and C the sum of a
+    list's budgets.
 
     Attributes:
         k: [B, J, C, H] keys in order of position.
         v: [B, J, C, H] values.
         positions: [B, J, C] each entry's position in its row, -1 for an empty slot.
-        owners: [B, 1, C] the head that each entry belongs to, of budgets by head; else None.
+        owners: [B, J, C] which of the list's heads each entry belongs to, of budgets by head; else
+            None.
         carried: [B, N, C] what the policy hands on to the next eviction, or None.
     """
 
     k: Float[Array, "B J C H"]
     v: Float[Array, "B J C H"]
     positions: Int[Array, "B J C"]
-    owners: Int[Array, "B 1 C"] | None = None
+    owners: Int[Array, "B J C"] | None = None
     carried: Float[Array, "B N C"] | None = None
 
 
@@ -121,21 +123,30 @@ def _compress_flat(
     heads: HeadAllocation,
     budgets_of: int,
 ) -> CompressedLayer:
-    heads.require_all_heads(layer.spec)
     kept = min(slots, layer.columns)
     budget = jnp.full_like(layer.lengths, kept) if budget is None else jnp.minimum(budget, kept)
     importance = policy.importance(layer, kept, budget)
     batch, sets, columns = importance.shape
-    counts = heads.counts(importance, budget, kept, budgets_of)
-    capacity = heads.capacity(slots, sets, budgets_of)
-    owners, chosen = select_flat(importance, counts, capacity=capacity)
+    lists = heads.lists_here(sets, layer.spec)
+    capacity = heads.capacity(slots, sets // lists, budgets_of)
+    counts = heads.spread(importance, budget, kept, budgets_of, layer.spec)
+    owners, chosen = (
+        found.reshape(batch, lists, -1)
+        for found in select_flat(
+            importance.reshape(batch * lists, -1, columns),
+            counts.reshape(batch * lists, -1),
+            capacity=capacity,
+        )
+    )
     filled = owners >= 0
+    head = jnp.arange(lists)[:, None] * (sets // lists) + owners
 
     def taken(x: Array) -> Array:
         # Sets by query head read the key/value head of their group.
-        source = owners // (sets // x.shape[1]) * columns + chosen
+        source = jnp.where(filled, head // (sets // x.shape[1]) * columns + chosen, -1)
         flat = x.reshape(batch, 1, -1, *x.shape[3:])
-        return compact(flat, jnp.where(filled, source, -1))
+        found = compact(flat, source.reshape(batch, 1, -1))
+        return found.reshape(*source.shape, *x.shape[3:])
 
     shape = (batch, layer.spec.num_kv_heads, columns)
     return CompressedLayer(

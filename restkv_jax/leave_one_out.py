@@ -153,7 +153,7 @@ def oracle_overlap(
         marks = None if owners is None else np.asarray(owners)
         share = np.full(change.shape[:2], np.nan)
         for b, j in np.ndindex(*share.shape if spec.window is None else (0, 0)):
-            kept = positions[b, 0][marks[b, 0] == j] if marks is not None else positions[b, j]
+            kept = positions[b, j] if marks is None else positions[b][marks[b] == j]
             past = max(int(lengths[b]) - window, 0)
             kept = kept[(kept >= 0) & (kept < past)]
             if kept.size:

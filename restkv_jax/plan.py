@@ -200,7 +200,7 @@ class CachePlan:
         return max(prompt, self.decode_budget) + self.evict_every
 
     def flat_slots(self, heads: int, columns: int, layer: int, num_layers: int) -> int:
-        """Entries of a layer whose heads have budgets of their own, with room for new ones."""
+        """Entries of a list that heads with budgets of their own share, with room for new ones."""
         assert self.heads is not None
         prompt = self.prompt_slots(columns, layer, num_layers)
         return self.heads.capacity(prompt, heads, layer) + heads * self.headroom

@@ -30,6 +30,7 @@ class LayerSpec:
         rotary: angle per position of each rotated pair (i, i + H/2) of queries and keys. Only
             plans that count positions by slot need it.
         head_axis: mesh axis that the heads are split over, None if every device has them all.
+        head_shards: in how many parts they are split.
     """
 
     num_heads: int
@@ -40,6 +41,7 @@ class LayerSpec:
     window: int | None = None
     rotary: tuple[float, ...] | None = None
     head_axis: str | None = None
+    head_shards: int = 1
 
     @property
     def group_size(self) -> int:

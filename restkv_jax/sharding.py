@@ -12,9 +12,10 @@ The rules:
   devices are refused rather than copied: put the batch on those devices instead.
 * A policy whose scores need all heads of a layer exchanges one small array: TOVA averages its
   weights [B, T] in one all-reduce for each layer, at every eviction.
-* Budgets by head (`CachePlan.heads`) are refused where heads are split: heads of unequal budgets
-  share one list, and the parts of it that the devices would hold are not equal, nor known before
-  the scores are. On a mesh that splits the batch alone they work.
+* Heads with budgets of their own share lists of entries, and a device holds whole lists: deal the
+  heads out to a multiple of the devices (`AdaKV(lists=...)`). They compete within their list, on
+  one device as on many, and nothing is exchanged. One list over several devices is refused: their
+  shares of it would be unequal, and not known before the scores are.
 """
 
 from __future__ import annotations
@@ -161,7 +162,8 @@ class MeshRules:
                 f"of axis {self.axis('kv_heads')!r}; expected a multiple. Put more of the devices "
                 "on the batch's axis instead"
             )
-        return dataclasses.replace(spec, head_axis=self.axis("kv_heads") if shards > 1 else None)
+        axis = self.axis("kv_heads") if shards > 1 else None
+        return dataclasses.replace(spec, head_axis=axis, head_shards=shards)
 
     def _require_rows(self, batch: int) -> None:
         shards = self.shards("batch")

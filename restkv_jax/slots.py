@@ -20,7 +20,7 @@ class LayerSlots(NamedTuple):
     k: Float[Array, "B J S H"] | QuantArray
     v: Float[Array, "B J S H"] | QuantArray
     positions: Int[Array, "B J S"]
-    owners: Int[Array, "B 1 S"] | None
+    owners: Int[Array, "B J S"] | None
     carried: Float[Array, "B N S"] | None
 
     def visible(
@@ -41,7 +41,7 @@ class LayerSlots(NamedTuple):
 
 def visible(
     positions: Int[Array, "B J S"],
-    owners: Int[Array, "B 1 S"] | None,
+    owners: Int[Array, "B J S"] | None,
     query: Int[Array, "B T"],
     spec: LayerSpec,
     heads: int,
@@ -51,10 +51,12 @@ def visible(
     seen = (positions[:, :, None] >= 0) & (distance >= 0)
     if spec.window is not None:
         seen &= distance < spec.window
-    if owners is not None:
-        set_of = jnp.arange(spec.num_heads) // (spec.num_heads // heads)
-        seen &= owners[:, :, None] == set_of[:, None, None]
-    return seen
+    if owners is None:
+        return seen
+    per_list = heads // owners.shape[1]
+    set_of = jnp.arange(spec.num_heads) // (spec.num_heads // heads) % per_list
+    own = owners[:, :, None] == set_of.reshape(owners.shape[1], -1, 1)  # [B, J, N / J, S]
+    return (seen[:, :, None] & own[:, :, :, None]).reshape(-1, spec.num_heads, *seen.shape[2:])
 
 
 @jax.tree_util.register_dataclass
@@ -64,8 +66,8 @@ class LayerStack:
 
     One array for many layers is what XLA updates in place inside a loop; a list of per-layer
     arrays is copied at every step on CPU. Layers may have different numbers of slots. S is the
-    sum of them, J the sets of entries of a layer: K, or N by the policy's granularity, or 1 if
-    the heads share one list because each has a budget of its own.
+    sum of them, J the sets of entries of a layer: K, or N by the policy's granularity, or the
+    number of lists if heads share lists because each has a budget of its own.
 
     Attributes:
         k: [B, J, S, H] keys, stored after rotary embedding.
@@ -74,9 +76,9 @@ class LayerStack:
         used: int32 [L, B] the slot of each layer that its next token is written to, modulo the
             layer's slots in a ring.
         sizes: static; slots of each layer.
-        heads: static; heads that keep a set of their own, also if they share one list.
+        heads: static; heads that keep a set of their own, also if they share lists.
         ring: static; the layers have a sliding window, and what leaves it is written over.
-        owners: int32 [B, 1, S] the head that each entry of a shared list belongs to, or None.
+        owners: int32 [B, J, S] which of a shared list's heads each entry belongs to, or None.
         queries: [L, B, N, W + 1, H] the newest query and the W before it, at their positions
             modulo W + 1; or None.
         carried: float32 [B, N, S] what the policy handed on at the last eviction, -1 for entries
@@ -91,7 +93,7 @@ class LayerStack:
     sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     heads: int = dataclasses.field(metadata={"static": True})
     ring: bool = dataclasses.field(default=False, metadata={"static": True})
-    owners: Int[Array, "B 1 S"] | None = None
+    owners: Int[Array, "B J S"] | None = None
     queries: Float[Array, "L B N W1 H"] | None = None
     carried: Float[Array, "B N S"] | None = None
     accumulates: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -143,9 +145,17 @@ class LayerStack:
             carried=kept.carried if self.carried is not None else None,
         )
         entries = jnp.max(jnp.sum(kept.positions >= 0, axis=-1), axis=-1)
+        if kept.owners is not None:
+            # Lists may be filled unequally: new tokens start behind the longest that can be.
+            entries = jnp.full_like(entries, kept.positions.shape[-1])
         return dataclasses.replace(
             self.with_layer(row, layer), used=self.used.at[row].set(entries.astype(jnp.int32))
         )
+
+    @property
+    def heads_per_list(self) -> int:
+        """How many heads share a list of entries, 1 if each has its own."""
+        return 1 if self.owners is None else self.heads // self.owners.shape[1]
 
     def append(
         self,
@@ -168,29 +178,32 @@ class LayerStack:
         new = positions >= 0
         count = jnp.sum(new, axis=1, dtype=jnp.int32)
         rank = jnp.cumsum(new, axis=1, dtype=jnp.int32) - 1
-        shared = self.owners is not None
-        per_token = self.heads if shared else 1
+        lists, per_token = self.positions.shape[1], self.heads_per_list
         slot = self.used[row][:, None] + rank * per_token
         if self.ring:
             new &= rank >= count[:, None] - size
             slot %= size
-        if shared:
-            slot = (slot[..., None] + jnp.arange(self.heads)).reshape(batch, -1)
-            new, marked = (jnp.repeat(x, self.heads, axis=1) for x in (new, positions))
-            k, v = (x.reshape(batch, tokens * self.heads, 1, -1) for x in (k, v))
-        else:
-            marked = positions
+        marked = positions
+        if self.owners is not None:
+            slot = (slot[..., None] + jnp.arange(per_token)).reshape(batch, -1)
+            new, marked = (jnp.repeat(x, per_token, axis=1) for x in (new, positions))
+            k, v = (
+                x.reshape(batch, tokens, lists, per_token, -1)
+                .swapaxes(2, 3)
+                .reshape(batch, tokens * per_token, lists, -1)
+                for x in (k, v)
+            )
         slot = jnp.where(new & (slot < size), self.start(row) + slot, total)  # else: dropped
         rows = jnp.arange(batch)[:, None]
 
         def put(whole: Array, part: Array) -> Array:
             return whole.at[rows, :, slot].set(part.astype(whole.dtype), mode="drop")
 
-        marked = jnp.broadcast_to(marked[..., None], (*marked.shape, self.positions.shape[1]))
+        marked = jnp.broadcast_to(marked[..., None], (*marked.shape, lists))
         owners = self.owners
         if owners is not None:
-            each = jnp.tile(jnp.arange(self.heads), tokens)[:, None]
-            owners = put(owners, jnp.broadcast_to(each, (batch, *each.shape)))
+            each = jnp.tile(jnp.arange(per_token), tokens)[:, None]
+            owners = put(owners, jnp.broadcast_to(each, marked.shape))
         carried = self.carried
         if carried is not None:
             carried = put(carried, jnp.full((*slot.shape, carried.shape[1]), -1.0))

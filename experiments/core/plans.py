@@ -20,6 +20,7 @@ PLAN_OPTIONS: dict[str, type] = {
     "budget": str,
     "layers": str,
     "heads": str,
+    "lists": int,
     "decode_budget": int,
     "evict_every": int,
     "rope": str,
@@ -74,14 +75,17 @@ def make_plan(text: PolicyText, budget: Budget, *, headroom: int) -> CachePlan:
     if "budget" in own:
         budget = parse_budget(own.pop("budget"))
     options = {key: _read(text.name, key, value, PLAN_OPTIONS[key]) for key, value in own.items()}
-    if "heads" in options:
-        if options["heads"] not in ALLOCATIONS:
-            raise UserError(
-                f"--policy {text.name}: heads={options['heads']}: expected one of "
-                f"{', '.join(ALLOCATIONS)}"
-            )
-        options["heads"] = ALLOCATIONS[options["heads"]]()
+    lists = options.pop("lists", None)
+    if "heads" in options and options["heads"] not in ALLOCATIONS:
+        raise UserError(
+            f"--policy {text.name}: heads={options['heads']}: expected one of "
+            f"{', '.join(ALLOCATIONS)}"
+        )
+    if lists is not None and "heads" not in options:
+        raise UserError(f"--policy {text.name}: lists={lists}: needs heads=... too")
     try:
+        if "heads" in options:
+            options["heads"] = ALLOCATIONS[options["heads"]](lists=1 if lists is None else lists)
         return CachePlan(
             policy=policy,
             budget=budget.value if policy.needs_budget else None,

@@ -199,19 +199,20 @@ def test_policies_are_read_by_the_types_of_their_fields():
 
 
 def test_options_of_the_cache_stand_among_those_of_the_policy():
-    text = "snapkv:window=16,budget=0.25,heads=adakv,storage=int8"
+    text = "snapkv:window=16,budget=0.25,heads=adakv,lists=2,storage=int8"
     plan = make_plan(parse_policy(text), Slots(128), headroom=8)
     assert plan == CachePlan(
-        policy=SnapKV(window=16), budget=0.25, heads=AdaKV(), storage="int8", headroom=8
+        policy=SnapKV(window=16), budget=0.25, heads=AdaKV(lists=2), storage="int8", headroom=8
     )
     text = "tova:decode_budget=64,evict_every=1,layers=pyramid"
     plan = make_plan(parse_policy(text), Slots(128), headroom=8)
     assert plan == CachePlan(
         policy=TOVA(), budget=128, decode_budget=64, evict_every=1, layers="pyramid", headroom=8
     )
-    for text, culprit in (("tova:heads=mine", "heads"), ("tova:decode_budget=x", "decode_budget")):
+    wrong = {"heads=mine": "heads", "decode_budget=x": "decode_budget", "lists=2": "heads="}
+    for text, culprit in wrong.items():
         with pytest.raises(UserError, match=culprit):
-            make_plan(parse_policy(text), Slots(128), headroom=8)
+            make_plan(parse_policy(f"tova:{text}"), Slots(128), headroom=8)
 
 
 def test_the_configuration_knows_all_of_a_plan():
@@ -221,7 +222,7 @@ def test_the_configuration_knows_all_of_a_plan():
     plain = describe("tova")
     assert plain == {"name": "tova", **dataclasses.asdict(TOVA()), "budget": 128}
     options = ("budget=0.5", "recent=2", "layers=pyramid", "storage=int8", "heads=adakv")
-    options += ("decode_budget=64", "decode_budget=64,evict_every=2")
+    options += ("heads=adakv,lists=2", "decode_budget=64", "decode_budget=64,evict_every=2")
     others = [describe(f"tova:{text}") for text in options]
     for i, other in enumerate(others):
         assert json.loads(json.dumps(other)) == other

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,7 @@ score = jax.jit(score, static_argnums=0, static_argnames="capacity")
 W, SLOTS = 4, 12
 FROZEN = FrozenHeads(slots=((5, 19), (14, 10)))
 HEADS = [AdaKV(), AdaKV(floor=0.0, normalize=False), SharedBudget(), SharedBudget(floor=0), FROZEN]
+LISTS = [AdaKV(lists=2), FrozenHeads(slots=((12, 12), (12, 12)), lists=2)]
 
 
 def inputs(seed=0, batch=2, columns=60, lengths=(60, 31)):
@@ -114,7 +117,33 @@ def test_select_flat_is_each_heads_top_in_order(rows, counts):
     assert pairs == expected + [(-1, -1)] * (capacity - len(expected))
 
 
-@pytest.mark.parametrize("heads", HEADS, ids=repr)
+@pytest.mark.parametrize("heads", [SharedBudget(lists=2), AdaKV(lists=2, floor=0.0)], ids=repr)
+def test_lists_are_layers_of_their_heads_alone(heads):
+    """Two lists of two heads each keep what two layers of those heads keep in one list each."""
+    layer, policy = inputs(), SnapKV(window=W, granularity="query_head")
+    kept = compress(policy, layer, capacity=SLOTS, heads=heads)
+    for j in range(2):
+        own = slice(2 * j, 2 * j + 2)
+        half = layer_inputs(
+            layer.q[:, own], layer.k[:, [j]], layer.v[:, [j]], layer.w_o[own], lengths=layer.lengths
+        )
+        alone = dataclasses.replace(heads, lists=1)
+        expected = compress(policy, half, capacity=SLOTS, heads=alone)
+        for ours, theirs in zip(jax.tree.leaves(kept), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(ours[:, j], theirs[:, 0])
+
+
+def test_lists_that_do_not_fit_the_heads_are_refused():
+    with pytest.raises(ValueError, match="lists: expected at least 1, got 0"):
+        AdaKV(lists=0)
+    with pytest.raises(ValueError, match="lists: 2 heads cannot be dealt out evenly to 3 lists"):
+        compress(SnapKV(window=W), inputs(), capacity=SLOTS, heads=SharedBudget(lists=3))
+    with pytest.raises(ValueError, match="slots: expected 2 heads in layer 0, got budgets"):
+        frozen = FrozenHeads(slots=((5, 19, 4, 4),), lists=2)
+        compress(SnapKV(window=W), inputs(), capacity=SLOTS, heads=frozen)
+
+
+@pytest.mark.parametrize("heads", HEADS + LISTS, ids=repr)
 def test_decoding_from_a_flat_cache_sees_what_each_head_kept(heads):
     model = tiny.make(layers=2)
     prompts = [np.random.default_rng(i).integers(0, 61, n).tolist() for i, n in enumerate((50, 33))]
@@ -142,8 +171,8 @@ def test_decoding_from_a_flat_cache_sees_what_each_head_kept(heads):
 
 
 def by_head_of(cache, layer, row):
-    owners = np.asarray(cache.owners(layer))[row, 0]
-    positions = np.asarray(cache.kept_positions(layer))[row, 0]
+    owners = np.asarray(cache.owners(layer))[row]
+    positions = np.asarray(cache.kept_positions(layer))[row]
     return [positions[owners == head].tolist() for head in range(2)]
 
 

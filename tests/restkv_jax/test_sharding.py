@@ -272,26 +272,41 @@ def test_prompts_in_pieces_on_a_mesh(function):
 SHARES = [AdaKV(), SharedBudget(), FrozenHeads(slots=((9, 12, 15, 12),) * 2)]
 
 
-def test_budgets_by_head_on_a_mesh_that_splits_the_batch():
-    plan = dataclasses.replace(PLANS["knorm"], heads=SharedBudget(), headroom=STEPS)
+@pytest.mark.parametrize(("mesh", "lists"), [((8, 1), 1), ((4, 2), 2), ((2, 4), 4)], ids=str)
+def test_budgets_by_head_on_a_mesh(mesh, lists):
+    """Heads share lists, a device holds whole ones: the sets and tokens of one device, no talk."""
+    plans = tuple(
+        dataclasses.replace(
+            PLANS["snapkv"], heads=dataclasses.replace(heads, lists=lists), headroom=STEPS
+        )
+        for heads in SHARES
+    )
     results = []
-    for mesh in (None, (8, 1)):
-        model = on(mesh, network())
-        program = compiled(prefill, model, TOKENS, VALID, plans=(plan,))
-        _, (cache,) = program(model, TOKENS, VALID)
-        results.append([(cache.kept_positions(i), cache.owners(i)) for i in range(2)])
+    for where in (None, mesh):
+        model = on(where, network())
+        program = compiled(prefill, model, TOKENS, VALID, plans=plans)
+        logits, caches = program(model, TOKENS, VALID)
+        if where is not None:
+            assert_placed(caches, model.rules)
+            # Behind the output projection, if heads are split; none is the eviction's.
+            assert collectives(program) == ({"all-reduce": 1} if mesh[1] > 1 else {})
+        kept = [[(c.kept_positions(i), c.owners(i)) for i in range(2)] for c in caches]
+        tokens, _ = decoded(model, *decode_program(model, logits, caches[1]))
+        results.append((kept, tokens))
     for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("heads", SHARES, ids=lambda heads: heads.name)
-def test_budgets_by_head_are_refused_where_heads_are_split(heads):
+def test_a_list_that_several_devices_would_hold_is_refused(heads):
+    heads = dataclasses.replace(heads, lists=2)
     plan = dataclasses.replace(PLANS["snapkv"], heads=heads)
     rules = MeshRules.over(data=2, model=4)
-    with pytest.raises(ValueError, match=rf"heads: .*{heads.name}.* mesh axis 'model'"):
+    refused = rf"heads: .* 4 devices of mesh axis 'model'.*{heads.name}.*such as lists=4"
+    with pytest.raises(ValueError, match=refused):
         prefill(shard(network(), rules), TOKENS, VALID, plans=(plan,))
     inputs = layer(np.random.default_rng(2))
-    with pytest.raises(ValueError, match=rf"heads: .*{heads.name}"):
+    with pytest.raises(ValueError, match=refused):
         rules.on_shards(
             lambda layer: compress(plan.policy, layer, capacity=BUDGET, heads=heads), inputs
         )
