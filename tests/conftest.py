@@ -1,4 +1,4 @@
-"""Set before any array is made: exact products, and eight CPU devices."""
+"""Set before any array is made: exact products, eight CPU devices, and quick compilation."""
 
 import gc
 from collections.abc import Iterator
@@ -8,6 +8,8 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
+# Programs of tests run once and briefly: compiling them well takes longer than it saves.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True, scope="module")
