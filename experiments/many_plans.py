@@ -129,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: whatever the user can put right.
     """
     args = _parse(argv)
+    jax.config.update("jax_enable_compilation_cache", False)  # compiling is timed, too
     policies = chosen_policies(args.policy or [parse_policy(text) for text in POLICIES])
     budgets = [Slots(budget) for budget in args.budget or BUDGETS]
     try:

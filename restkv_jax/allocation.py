@@ -229,6 +229,7 @@ class FrozenHeads(HeadAllocation):
         spec: LayerSpec,
     ) -> Int[Array, "B J"]:
         """The same for every row; of all the layer's heads those that this device holds."""
+        del budget, slots
         fixed = jnp.asarray(self.slots[layer], jnp.int32)
         if spec.head_axis is not None:
             heads = importance.shape[1]

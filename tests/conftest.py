@@ -10,6 +10,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 # Programs of tests run once and briefly: compiling them well takes longer than it saves.
 jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_enable_compilation_cache", False)  # nothing of them in the user's folder
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -138,8 +138,8 @@ def test_lists_that_do_not_fit_the_heads_are_refused():
         AdaKV(lists=0)
     with pytest.raises(ValueError, match="lists: 2 heads cannot be dealt out evenly to 3 lists"):
         compress(SnapKV(window=W), inputs(), capacity=SLOTS, heads=SharedBudget(lists=3))
+    frozen = FrozenHeads(slots=((5, 19, 4, 4),), lists=2)
     with pytest.raises(ValueError, match="slots: expected 2 heads in layer 0, got budgets"):
-        frozen = FrozenHeads(slots=((5, 19, 4, 4),), lists=2)
         compress(SnapKV(window=W), inputs(), capacity=SLOTS, heads=frozen)
 
 
