@@ -102,6 +102,7 @@ def measure(
         start, spent = time.perf_counter(), time.process_time()
         compiled[name] = prefill.lower(*arguments, plans=plans).compile()
         compiling[name] = time.perf_counter() - start, time.process_time() - spent
+        print(f"compiled {name} in {compiling[name][0]:.0f} s", file=sys.stderr, flush=True)
     wall: dict[str, list[float]] = {name: [] for name in programs}
     cpu: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(repeats + 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -70,6 +70,21 @@ class Fidelity:
             "overlap": _mean(self.overlap),
         }
         return {name: float(value) for name, value in means.items()}
+
+    def to_lists(self) -> dict[str, Any]:
+        """All values as nested lists of plain numbers, for JSON; NaN as None."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            name: None if x is None else np.where(np.isnan(x), None, x.astype(object)).tolist()
+            for name, x in fields.items()
+        }
+
+    @classmethod
+    def from_lists(cls, lists: Mapping[str, Any]) -> Fidelity:
+        """What `to_lists` was made of, exactly."""
+        return cls(
+            **{name: None if x is None else np.asarray(x, np.float32) for name, x in lists.items()}
+        )
 
     @classmethod
     def concatenate(cls, parts: Sequence[Fidelity]) -> Fidelity:

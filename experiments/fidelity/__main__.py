@@ -21,6 +21,7 @@ from experiments.core.progress import RunProgress
 from experiments.core.results import ResultStore, folder_name
 from experiments.core.runner import Prompting, build_prompt
 from experiments.core.session import describe_sets
+from experiments.core.storage import RowFile
 from experiments.core.table import print_tables
 from experiments.core.tasks import TaskSet
 from experiments.fidelity.cli import build_parser
@@ -68,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     readable = f"fidelity-{Path(language_model.name).name}-{args.budget}"
     folder = args.out or Path("results") / folder_name(readable, config)
     with ResultStore.open(folder, config) as store:
-        measured = measure(language_model, sets, plans, prompting, args)
+        rows = RowFile(folder / "rows.jsonl")
+        measured = measure(language_model, sets, plans, prompting, args, rows)
         store.write_meta({"environment": environment()})
         table = write_report(folder, measured, plots=not args.no_plots)
     print_tables([table])
@@ -82,19 +84,26 @@ def measure(
     plans: Mapping[str, CachePlan],
     prompting: Prompting,
     args: argparse.Namespace,
+    file: RowFile,
 ) -> dict[str, Fidelity]:
-    """Measures every plan on every row of the sets.
+    """Measures every plan on every row of the sets that the file does not hold yet.
 
     Returns:
         label -> its measurement, a row for each prompt.
     """
     model = with_output_factors(language_model.model)
     full = CachePlan(policy=Full(), headroom=args.tokens)
+    done = {(row["set"], row["number"]): row["plans"] for row in file.load()}
     parts: dict[str, list[Fidelity]] = {label: [] for label in plans}
     with RunProgress() as progress:
         for task in sets:
-            progress.start_set(task.spec.name, len(task.rows), 0)
-            for row in task.rows:
+            name = task.spec.name
+            progress.start_set(name, len(task.rows), sum(key[0] == name for key in done))
+            for number, row in enumerate(task.rows):
+                if (name, number) in done:
+                    for label, values in done[name, number].items():
+                        parts[label].append(Fidelity.from_lists(values))
+                    continue
                 prompt = build_prompt(row, task.spec, language_model.tokenizer, prompting)
                 answer = generate(
                     model,
@@ -115,7 +124,10 @@ def measure(
                     plans=tuple(plans.values()),
                     oracle_window=args.oracle_window or None,
                 )
-                for label, one in zip(plans, found, strict=True):
+                by_label = dict(zip(plans, found, strict=True))
+                values = {label: one.to_lists() for label, one in by_label.items()}
+                file.append({"set": name, "number": number, "plans": values})
+                for label, one in by_label.items():
                     parts[label].append(one)
                 progress.row_done()
             progress.end_set()

@@ -15,7 +15,7 @@ from experiments.core.errors import UserError, run_main
 from experiments.core.plots import heat_map, lines, require_matplotlib
 from experiments.fidelity.__main__ import main
 from experiments.fidelity.report import describe, summary_table
-from restkv_jax.decode import Fidelity
+from restkv_jax.decode import Fidelity, measure_fidelity
 
 MODEL = str(Path(__file__).parents[1] / "fixtures/hf_tiny/qwen3_qknorm")
 ARGUMENTS = [
@@ -52,6 +52,26 @@ def test_a_run_leaves_json_a_table_and_plots(tmp_path, capsys):
     assert all(min(size_of(path)) > 100 for path in out.glob("*.png"))
     assert run_main(lambda: main([*ARGUMENTS, "--tokens", "3", "--out", str(out)])) == 2
     assert "tokens" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_goes_on_at_the_next_row(tmp_path, monkeypatch):
+    arguments = [*ARGUMENTS, "--offline-rows", "2", "--no-plots", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    whole = (tmp_path / "fidelity.json").read_bytes()
+    rows = tmp_path / "rows.jsonl"
+    first, second = rows.read_bytes().splitlines(keepends=True)
+    rows.write_bytes(first + second[:100])  # killed while it wrote
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return measure_fidelity(*args, **options)
+
+    monkeypatch.setattr("experiments.fidelity.__main__.measure_fidelity", counted)
+    assert main(arguments) == 0
+    assert len(calls) == 1
+    assert rows.read_bytes() == first + second
+    assert (tmp_path / "fidelity.json").read_bytes() == whole
 
 
 @pytest.mark.parametrize(
