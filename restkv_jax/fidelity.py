@@ -74,17 +74,19 @@ class Fidelity:
     def to_lists(self) -> dict[str, Any]:
         """All values as nested lists of plain numbers, for JSON; NaN as None."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        nothing = np.asarray(None, object)
         return {
-            name: None if x is None else np.where(np.isnan(x), None, x.astype(object)).tolist()
+            name: None if x is None else np.where(np.isnan(x), nothing, x).tolist()
             for name, x in fields.items()
         }
 
     @classmethod
     def from_lists(cls, lists: Mapping[str, Any]) -> Fidelity:
         """What `to_lists` was made of, exactly."""
-        return cls(
-            **{name: None if x is None else np.asarray(x, np.float32) for name, x in lists.items()}
-        )
+        fields: dict[str, Any] = {
+            name: None if x is None else np.asarray(x, np.float32) for name, x in lists.items()
+        }
+        return cls(**fields)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Fidelity]) -> Fidelity:
