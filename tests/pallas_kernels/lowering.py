@@ -34,14 +34,14 @@ def lowered(f: Callable[..., Any], *args: Any, kind: str = "TPU v5e") -> str:
         return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
-def compiled(f: Callable[..., Any], *args: Any, kind: str) -> jax.stages.Compiled:
+def compiled(f: Callable[..., Any], *args: Any, kind: str, **jit: Any) -> jax.stages.Compiled:
     """What the TPU compiler makes of it, Mosaic kernels included; needs libtpu."""
     from jax.sharding import SingleDeviceSharding
 
     sharding = SingleDeviceSharding(_topology(kind).devices[0])
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     with device(kind):
-        return jax.jit(f).trace(*args).lower().compile()
+        return jax.jit(f, **jit).trace(*args).lower().compile()
 
 
 @functools.cache
