@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.quantized import QuantArray, quantize
+from pallas_kernels.slot_write import write_slots
 from restkv_jax.compression import CompressedLayer
 from restkv_jax.protocols import LayerSpec
 
@@ -101,6 +102,10 @@ class LayerStack:
     def start(self, row: int | Array) -> int | Array:
         """Where a layer's slots begin. A traced row needs layers of one size."""
         return sum(self.sizes[:row]) if isinstance(row, int) else row * self.size(row)
+
+    def start_multiple(self, row: int | Array) -> int:
+        """A static number that divides where a layer's slots begin."""
+        return 1 if isinstance(row, int) else self.size(row)
 
     def size(self, row: int | Array) -> int:
         """Slots of a layer.
@@ -207,10 +212,22 @@ class LayerStack:
         carried = self.carried
         if carried is not None:
             carried = put(carried, jnp.full((*slot.shape, carried.shape[1]), -1.0))
+        entries = _stored(k, self.k), _stored(v, self.v)
+        numbers = write_slots(
+            (_numbers(self.k), _numbers(self.v)), tuple(map(_numbers, entries)), slot
+        )
+
+        def with_scale(
+            whole: Array | QuantArray, part: Array | QuantArray, values: Array
+        ) -> Array | QuantArray:
+            if isinstance(whole, QuantArray) and isinstance(part, QuantArray):
+                return QuantArray(values=values, scale=put(whole.scale, part.scale))
+            return values
+
         return dataclasses.replace(
             self,
-            k=jax.tree.map(put, self.k, _stored(k, self.k)),
-            v=jax.tree.map(put, self.v, _stored(v, self.v)),
+            k=with_scale(self.k, entries[0], numbers[0]),
+            v=with_scale(self.v, entries[1], numbers[1]),
             positions=put(self.positions, marked),
             used=self.used.at[row].add(count * per_token),
             owners=owners,
@@ -250,6 +267,10 @@ class LayerStack:
 
     def _slots(self) -> LayerSlots:
         return LayerSlots(self.k, self.v, self.positions, self.owners, self.carried)
+
+
+def _numbers(x: Array | QuantArray) -> Array:
+    return x.values if isinstance(x, QuantArray) else x
 
 
 def _stored(x: Array, like: Array | QuantArray) -> Array | QuantArray:

@@ -1,0 +1,81 @@
+"""Times of programs on a device, and what the device can do at best."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike
+
+
+def median_seconds(run: Callable[[], Any], repeats: int) -> float:
+    """The median time of a call, until its result is there; a first call is not counted."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def loop_seconds(
+    op: Callable[..., Any], *args: Any, repeats: int, least_s: float = 0.02
+) -> tuple[float, Any]:
+    """The time of one call inside a compiled loop, so that starting a program does not count.
+
+    Every round waits for the one before it: an element of the first argument is taken from the
+    last result where that is NaN, which it is not.
+
+    Args:
+        op: of arrays, to be compiled.
+        args: its arguments; the first one is an array of floats.
+        repeats: how many loops the median is of.
+        least_s: a loop has as many rounds as take about this long.
+
+    Returns:
+        Median seconds a round, and the result of the last round of the loop that was timed last.
+    """
+
+    @jax.jit
+    def loop(rounds: Array, first: Array, *rest: Any) -> Any:
+        def step(_: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+            first, _ = carry
+            result = op(first, *rest)
+            corner = (0,) * first.ndim
+            last = jax.tree.leaves(result)[0].ravel()[0].astype(first.dtype)
+            return first.at[corner].set(jnp.where(jnp.isnan(last), last, first[corner])), result
+
+        shapes = jax.eval_shape(op, first, *rest)
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.fori_loop(0, rounds, step, (first, empty))[1]
+
+    once = median_seconds(functools.partial(loop, jnp.int32(1), *args), 3)
+    rounds = max(1, round(least_s / once))
+    result = None
+
+    def run() -> Any:
+        nonlocal result
+        result = loop(jnp.int32(rounds), *args)
+        return result
+
+    return median_seconds(run, repeats) / rounds, result
+
+
+def bytes_per_second(size: int, *, repeats: int = 5) -> float:
+    """Measured memory bandwidth: `size` bytes read and as many written, in float32."""
+    x = jnp.zeros(size // 4, jnp.float32)
+    seconds = median_seconds(functools.partial(jax.jit(lambda x: x + 1.0), x), repeats)
+    return 2 * x.nbytes / seconds
+
+
+def flops_per_second(size: int, dtype: DTypeLike, *, repeats: int = 5) -> float:
+    """Measured peak of products of two matrices of `size` x `size`."""
+    x = jnp.ones((size, size), dtype)
+    seconds = median_seconds(functools.partial(jax.jit(lambda x: x @ x), x), repeats)
+    return 2 * size**3 / seconds

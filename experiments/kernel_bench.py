@@ -1,0 +1,230 @@
+"""`python -m experiments.kernel_bench`: single ops against XLA and against the device's floor.
+
+Times every implementation of an op that this platform has, on shapes that the tests share, and
+checks the result that it timed against the plain XLA form in float32. The floor is the larger of
+the bytes that any implementation moves over the measured memory bandwidth and its operations over
+the measured peak of matrix products; the fraction is how much of the time the floor takes. It is
+above 100 % where the data of a small shape stays in a cache from one round to the next.
+
+Examples:
+  python -m experiments.kernel_bench
+  python -m experiments.kernel_bench --op decode_attention --spec 8b_1024 --dtype bfloat16
+  python -m experiments.kernel_bench --large --out kernels.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import DTypeLike
+
+from experiments.core.environment import environment
+from experiments.core.errors import UserError, run_main
+from experiments.core.measure import bytes_per_second, flops_per_second, loop_seconds
+from experiments.core.options import Parser, count_of
+from experiments.core.storage import dump_json, write_atomic
+from experiments.core.table import TextTable, human_bytes, print_tables
+from pallas_kernels.decode_attention import decode_attention, specs
+from pallas_kernels.dispatch import Implementation
+
+
+class Spec(Protocol):
+    """Shapes of one call, see the `specs.py` of the ops."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def large(self) -> bool: ...  # noqa: D102
+    @property
+    def flops(self) -> int: ...  # noqa: D102
+    def inputs(self, dtype: DTypeLike) -> tuple[Any, ...]: ...  # noqa: D102
+    def read_bytes(self, dtype: DTypeLike) -> int: ...  # noqa: D102
+
+
+class Op(NamedTuple):
+    """An op under test.
+
+    Attributes:
+        specs: its shapes.
+        bind: the op with a spec's static arguments and an implementation, of the spec's inputs.
+    """
+
+    specs: Sequence[Spec]
+    bind: Callable[[Any, Implementation], Callable[..., Any]]
+
+
+def _decode_attention(spec: specs.Spec, implementation: Implementation) -> Callable[..., Any]:
+    return lambda *args: decode_attention(*args, **spec.options, implementation=implementation)
+
+
+OPS = {"decode_attention": Op(specs.SPECS, _decode_attention)}
+
+# Largest error relative to the largest number of the result.
+_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+class Floor(NamedTuple):
+    """What the device can do at best: bytes and operations a second."""
+
+    bandwidth: float
+    flops: float
+
+
+def measure_floor(dtype: str) -> Floor:
+    """By copying and by multiplying matrices, of sizes that fit the kind of device."""
+    device = jax.default_backend() != "cpu"
+    return Floor(
+        bytes_per_second(2**31 if device else 2**28),
+        flops_per_second(8192 if device else 1024, dtype),
+    )
+
+
+def measure(
+    op: Op, spec: Spec, dtype: str, implementation: Implementation, floor: Floor, repeats: int
+) -> dict[str, Any]:
+    """One line of the result: times, floor and error; or why it did not run."""
+    line: dict[str, Any] = {"spec": spec.name, "dtype": dtype, "implementation": implementation}
+    inputs = spec.inputs(jnp.dtype(dtype))
+    try:
+        seconds, result = loop_seconds(op.bind(spec, implementation), *inputs, repeats=repeats)
+    except NotImplementedError as refusal:
+        return {**line, "refused": str(refusal)}
+    exact = [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in _leaves(inputs)]
+    exact = jax.tree.unflatten(jax.tree.structure(inputs), exact)
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(op.bind(spec, "xla"))(*exact)
+    error = max(map(_error, _leaves(result), _leaves(expected)))
+    by_bytes = spec.read_bytes(jnp.dtype(dtype)) / floor.bandwidth
+    by_flops = spec.flops / floor.flops
+    return {
+        **line,
+        "ms": 1e3 * seconds,
+        "floor_ms": 1e3 * max(by_bytes, by_flops),
+        "bound": "bytes" if by_bytes > by_flops else "flops",
+        "fraction": max(by_bytes, by_flops) / seconds,
+        "error": error,
+        "right": error <= _TOLERANCE[dtype],
+    }
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree)
+
+
+def _error(ours: Any, theirs: Any) -> float:
+    a, b = (np.asarray(x).astype(np.float64) for x in (ours, theirs))
+    if not (np.isfinite(a) == np.isfinite(b)).all():
+        return float("inf")
+    a, b = a[np.isfinite(b)], b[np.isfinite(b)]
+    return float(np.max(np.abs(a - b), initial=0.0) / max(np.max(np.abs(b), initial=0.0), 1e-30))
+
+
+def platform_implementations() -> tuple[Implementation, ...]:
+    """Those that the default backend can run at all."""
+    kernels: dict[str, tuple[Implementation, ...]] = {
+        "tpu": ("pallas_tpu",),
+        "gpu": ("pallas_gpu", "triton"),
+    }
+    return ("xla", *kernels.get(jax.default_backend(), ()))
+
+
+def build_parser() -> Parser:
+    """The program's command line."""
+    parser = Parser(
+        prog="python -m experiments.kernel_bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--op", action="append", choices=OPS, help="repeat for several (all)")
+    parser.add_argument("--spec", action="append", metavar="NAME", help="repeat for several")
+    parser.add_argument(
+        "--large", action="store_true", help="shapes of 8B models too (default on GPU and TPU)"
+    )
+    parser.add_argument("--dtype", action="append", choices=tuple(_TOLERANCE))
+    parser.add_argument(
+        "--implementation",
+        action="append",
+        choices=get_args(Implementation),
+        help="repeat for several (default: all of the platform)",
+    )
+    parser.add_argument("--repeats", type=count_of("--repeats", 1), default=9, metavar="N")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="writes the figures as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; the exit code is 0, or 1 if a result was wrong.
+
+    Raises:
+        UserError: whatever the user can put right.
+    """
+    args = build_parser().parse_args(argv)
+    chosen = _chosen(args)
+    device = jax.devices()[0].device_kind
+    results: dict[str, Any] = {"environment": environment(), "floor": {}, "ops": {}}
+    for dtype in args.dtype or tuple(_TOLERANCE):
+        floor = measure_floor(dtype)
+        results["floor"][dtype] = floor._asdict()
+        print(
+            f"{device}, {dtype}: {human_bytes(floor.bandwidth)}/s of memory, "
+            f"{floor.flops / 1e12:.2f} TFLOP/s of matrix products\n"
+        )
+        for name, found in chosen.items():
+            lines = [
+                measure(OPS[name], spec, dtype, implementation, floor, args.repeats)
+                for spec in found
+                for implementation in args.implementation or platform_implementations()
+            ]
+            results["ops"].setdefault(name, []).extend(lines)
+            print_tables([table(f"{name}, {dtype}", lines)])
+            for line in lines:
+                if "refused" in line:
+                    print(f"{line['spec']}, {line['implementation']}: {line['refused']}")
+    if args.out is not None:
+        write_atomic(args.out, dump_json(results))
+    lines = [line for lines in results["ops"].values() for line in lines]
+    return 0 if all(line.get("right", True) for line in lines) else 1
+
+
+def _chosen(args: argparse.Namespace) -> dict[str, list[Spec]]:
+    large = args.large or jax.default_backend() != "cpu"
+    ops = args.op or list(OPS)
+    known = {spec.name for name in ops for spec in OPS[name].specs}
+    for name in args.spec or ():
+        if name not in known:
+            raise UserError(f"--spec {name}: expected one of {', '.join(sorted(known))}")
+    wanted = {
+        name: [
+            spec
+            for spec in OPS[name].specs
+            if (spec.name in args.spec if args.spec else large or not spec.large)
+        ]
+        for name in ops
+    }
+    return {name: found for name, found in wanted.items() if found}
+
+
+def table(title: str, lines: Sequence[dict[str, Any]]) -> TextTable:
+    """Of lines that `measure` gave."""
+    columns = ("spec", "implementation", "ms", "floor ms", "bound by", "fraction", "error")
+    rows = []
+    for line in lines:
+        name = line["spec"], line["implementation"]
+        if "refused" in line:
+            rows.append((*name, "refused", *[""] * 4))
+            continue
+        error = f"{line['error']:.1e}" + ("" if line["right"] else " WRONG")
+        times = f"{line['ms']:.4f}", f"{line['floor_ms']:.4f}"
+        rows.append((*name, *times, line["bound"], f"{100 * line['fraction']:.0f} %", error))
+    return TextTable(title, columns, tuple(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,78 @@
+"""One new entry of each row into the cache's slots on TPU, in place."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Int, Num
+
+
+# Traced once for all layers of a model that are alike.
+@functools.partial(jax.jit, static_argnames="interpret")
+def write_slots_tpu(
+    stacks: tuple[Num[Array, "B J T H"], ...],
+    entries: tuple[Num[Array, "B 1 J H"], ...],
+    slots: Int[Array, "B 1"],
+    *,
+    interpret: Any = False,
+) -> tuple[Num[Array, "B J T H"], ...]:
+    """See `pallas_kernels.slot_write.write_slots`."""
+    batch, _, total, _ = stacks[0].shape
+    # Rows of a tile: 8 of float32, 16 of bfloat16, 32 of int8.
+    tiles = [min(total, 32 // stack.dtype.itemsize) for stack in stacks]
+
+    def tile_spec(stack: Array, tile: int) -> pl.BlockSpec:
+        def index(b: Any, slots: Any) -> tuple[Any, ...]:
+            return b, 0, jnp.minimum(slots[b], total - 1) // tile, 0
+
+        return pl.BlockSpec((1, stack.shape[1], tile, stack.shape[3]), index)
+
+    entry_specs = [
+        pl.BlockSpec((1, x.shape[2], 1, x.shape[3]), lambda b, _: (b, 0, 0, 0)) for x in entries
+    ]
+    tile_specs = [tile_spec(*pair) for pair in zip(stacks, tiles, strict=True)]
+    count = len(stacks)
+    written = pl.pallas_call(
+        functools.partial(_kernel, tiles=tuple(tiles), total=total),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch,),
+            in_specs=[*entry_specs, *tile_specs],
+            out_specs=tile_specs,
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stacks],
+        # Of all inputs, the slots count too.
+        input_output_aliases={1 + count + i: i for i in range(count)},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        interpret=interpret,
+        name="write_slots",
+    )(slots[:, 0], *(jnp.swapaxes(x, 1, 2) for x in entries), *stacks)
+    return tuple(written)
+
+
+def _kernel(
+    # Prefetched.
+    slots_ref: Any,  # [B] int32, T for entries to leave out
+    # Inputs, one of each array: entries [1, J, 1, H], then tiles [1, J, tile, H].
+    # Outputs, one of each array: tiles [1, J, tile, H].
+    *refs: Any,
+    # Static.
+    tiles: tuple[int, ...],
+    total: int,
+) -> None:
+    count = len(tiles)
+    slot = slots_ref[pl.program_id(0)]
+    for entry_ref, old_ref, new_ref, tile in zip(
+        refs[:count], refs[count : 2 * count], refs[2 * count :], tiles, strict=True
+    ):
+        # float32 holds the numbers of all types exactly, and masks are of its width. The tile of
+        # an entry to leave out is written back as it is.
+        row = jax.lax.broadcasted_iota(jnp.int32, old_ref.shape[1:], 1)
+        entry, old = (ref[0].astype(jnp.float32) for ref in (entry_ref, old_ref))
+        here = (row == slot % tile) & (slot < total)
+        new_ref[0] = jnp.where(here, entry, old).astype(new_ref.dtype)

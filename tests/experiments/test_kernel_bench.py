@@ -1,0 +1,78 @@
+"""The benchmark of single ops: it times what it checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import kernel_bench
+from experiments.core.errors import UserError
+from experiments.core.measure import loop_seconds
+from pallas_kernels.decode_attention.specs import SPECS
+
+FLOOR = kernel_bench.Floor(1e9, 1e11)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(kernel_bench, "measure_floor", lambda dtype: FLOOR)
+
+
+def test_prints_and_writes_times_floors_and_errors(tmp_path, capsys):
+    out = tmp_path / "kernels.json"
+    options = ["--spec", "one_slot", "--dtype", "float32", "--repeats", "1", "--out", str(out)]
+    more = ["--implementation", "xla", "--implementation", "pallas_gpu"]
+    assert kernel_bench.main([*options, *more]) == 0
+    result = json.loads(out.read_text())
+    ran, refused = result["ops"]["decode_attention"]
+    (spec,) = (spec for spec in SPECS if spec.name == "one_slot")
+    # 2 rows of 4 heads with 1 slot: keys and values of 64 float32 numbers, and a mark.
+    assert spec.read_bytes(jnp.float32) == 2 * 4 * (2 * 64 * 4 + 1)
+    assert spec.flops == 2 * 4 * 4 * 64
+    assert ran["floor_ms"] == pytest.approx(1e3 * 4104 / FLOOR.bandwidth)
+    assert ran["fraction"] == pytest.approx(ran["floor_ms"] / ran["ms"])
+    assert ran["right"]
+    assert "there is no such kernel" in refused["refused"]
+    text = capsys.readouterr().out
+    assert "one_slot" in text
+    assert "refused" in text
+
+
+def test_a_wrong_result_is_told(monkeypatch, capsys):
+    real = kernel_bench.OPS["decode_attention"]
+
+    def bind(spec, implementation):
+        off = 1.001 if implementation == "pallas_tpu" else 1.0
+        return lambda *args: off * real.bind(spec, "xla")(*args)[0]
+
+    monkeypatch.setitem(kernel_bench.OPS, "decode_attention", real._replace(bind=bind))
+    options = ["--spec", "one_slot", "--dtype", "float32", "--repeats", "1"]
+    assert kernel_bench.main([*options, "--implementation", "pallas_tpu"]) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_unknown_specs_are_refused():
+    with pytest.raises(UserError, match="--spec nine: expected one of 8b_1024, "):
+        kernel_bench.main(["--spec", "nine"])
+
+
+def test_the_loop_gives_what_one_call_gives_and_runs_every_round():
+    x = jnp.arange(8.0)
+    seconds, result = loop_seconds(lambda x, y: (x * y, x.sum()), x, x, repeats=1, least_s=1e-4)
+    assert 0.0 < seconds < 1.0
+    np.testing.assert_array_equal(result[0], x * x)
+    assert result[1] == 28.0
+
+
+def test_large_shapes_are_left_out_on_cpu_unless_asked_for():
+    def names(*options):
+        chosen = kernel_bench._chosen(kernel_bench.build_parser().parse_args(options))
+        return {spec.name for spec in chosen["decode_attention"]}
+
+    assert not any(spec.large for spec in SPECS if spec.name in names())
+    assert names("--large") == {spec.name for spec in SPECS}
+    assert len({dataclasses.astuple(spec) for spec in SPECS}) == len(SPECS) == len(names("--large"))

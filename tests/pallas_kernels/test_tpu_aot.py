@@ -1,0 +1,67 @@
+"""Kernels through the TPU's own compiler: it refuses what lowering and the interpreter accept."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention.specs import SPECS
+from restkv_jax.cache import init_cache
+from restkv_jax.decode import CachePlan, Full, decode_chunk, init_decode, row_keys
+from tests.pallas_kernels.lowering import TOPOLOGIES, compiled, needs_libtpu
+from tests.restkv_jax import tiny
+
+pytestmark = [pytest.mark.tpu_aot, needs_libtpu]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", TOPOLOGIES)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_decode_attention(spec, kind, dtype):
+    inputs = spec.shapes(dtype)
+    for weights in (False, True):
+        run = functools.partial(decode_attention, **spec.options, weights=weights)
+        program = compiled(run, *inputs, kind=kind)
+        assert "tpu_custom_call" in program.as_text()
+        # No copy of a layer: what XLA makes on the way is smaller than the layer's keys.
+        temporary = program.memory_analysis().temp_size_in_bytes
+        assert spec.slots < 128 or temporary < spec.read_bytes(dtype) / 2
+
+
+@pytest.mark.parametrize("storage", ["model", "int8"])
+@pytest.mark.parametrize("scanned", [False, True])
+def test_the_decode_loop_copies_no_cache(scanned, storage):
+    """Both kernels see the stack of layers in one layout, and it is written in place."""
+    model = tiny.make(layers=4, heads=4, kv_heads=2, size=128, width=256)
+    if scanned:
+        model = tiny.ScannedModel(model.params, model.layer_specs)
+    model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+    never = jnp.asarray([-1])
+
+    def start():
+        plan = CachePlan(policy=Full(), headroom=0, storage=storage)
+        cache = init_cache(
+            model.layer_specs, plan, batch=2, prompt_columns=1024, dtype=jnp.bfloat16
+        )
+        return init_decode(jnp.zeros((2, 61)), cache, row_keys(0, 2), jnp.full(2, 9), never)
+
+    state = jax.eval_shape(start)
+    shape = ",".join(map(str, state.cache.stacks[0].positions.shape))
+    program = compiled(
+        lambda model, state: decode_chunk(model, state, never, steps=4),
+        *(model, state),
+        kind="TPU v5e",
+        donate_argnums=1,
+    ).as_text()
+    assert program.count("tpu_custom_call") == (2 if scanned else 8)
+    assert shape in program
+    copies = [
+        line.strip()
+        for line in program.splitlines()
+        if " copy(" in line and f"[{shape},128]" in line.split(" copy(")[0]
+    ]
+    assert copies == []
