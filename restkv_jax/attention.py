@@ -68,8 +68,9 @@ def slot_weights(
         query, position = args  # [B, N, H], [B]
         seen = layer.visible(position[:, None], spec, heads)[:, :, 0]
         _, weights = decode_attention(
-            query, layer.k, layer.v, seen, scale=spec.scale, softcap=spec.softcap
+            query, layer.k, layer.v, seen, scale=spec.scale, softcap=spec.softcap, weights=True
         )
+        assert weights is not None
         return total + weights, None
 
     start = jnp.zeros((*q.shape[:2], layer.positions.shape[2]), jnp.float32)

@@ -136,10 +136,20 @@ def _attend(
 ) -> tuple[Float[Array, "B T N H"], LayerStack]:
     """Attention over a layer's slots; adds up what they receive if the stack keeps account."""
     layer = stack.layer(row)
+    received = None
     if q.shape[1] == 1:
         seen = layer.visible(positions, spec, stack.heads)[:, :, 0]
+        # The whole stack: what is cut out of it is copied for a kernel.
         out, received = decode_attention(
-            q[:, 0], layer.k, layer.v, seen, scale=spec.scale, softcap=spec.softcap
+            q[:, 0],
+            stack.k,
+            stack.v,
+            seen,
+            start=stack.start(row),
+            start_multiple=stack.start_multiple(row),
+            scale=spec.scale,
+            softcap=spec.softcap,
+            weights=stack.accumulates,
         )
         out = out[:, None]
     else:
@@ -148,7 +158,7 @@ def _attend(
         out = jnp.swapaxes(out, 1, 2)
         if stack.accumulates:
             received = slot_weights(by_head, layer, positions, spec=spec, heads=stack.heads)
-    if stack.accumulates:
+    if received is not None:
         stack = stack.receive(row, received)
     return out, stack
 

@@ -100,6 +100,10 @@ class LayerStack:
         """Where a layer's slots begin. A traced row needs layers of one size."""
         return sum(self.sizes[:row]) if isinstance(row, int) else row * self.size(row)
 
+    def start_multiple(self, row: int | Array) -> int:
+        """A static number that divides where a layer's slots begin."""
+        return 1 if isinstance(row, int) else self.size(row)
+
     def size(self, row: int | Array) -> int:
         """Slots of a layer.
 

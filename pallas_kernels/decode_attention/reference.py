@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.quantized import QuantArray
 
+Tree = TypeVar("Tree")
 
-def decode_attention(
+
+def decode_attention_xla(
     q: Float[Array, "B N H"],
-    k: Float[Array, "B J S H"] | QuantArray,
-    v: Float[Array, "B J S H"] | QuantArray,
+    k: Float[Array, "B J T H"] | QuantArray,
+    v: Float[Array, "B J T H"] | QuantArray,
     visible: Bool[Array, "B M S"],
+    start: int | Int[Array, ""] | None = None,
     *,
     scale: float,
-    softcap: float | None = None,
-) -> tuple[Float[Array, "B N H"], Float[Array, "B N S"]]:
-    """softmax(q kᵀ) v over the visible slots; logits, softmax and sums in float32.
-
-    Args:
-        q: the new token's queries; query head n reads head n // (N / J) of the cache.
-        k: cached keys, the new token's among them; int8 ones are scaled after the products.
-        v: cached values.
-        visible: True for slots that the query may look at, by cache head (M = J) or by query
-            head (M = N). The others weigh 0 and may hold any finite number. A row that sees
-            nothing gives zeros.
-        scale: factor on q·k.
-        softcap: c of c · tanh(logits / c), or None.
-
-    Returns:
-        The outputs, and the weights of all slots in float32.
-    """
+    softcap: float | None,
+    weights: bool,
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N S"] | None]:
+    """See `pallas_kernels.decode_attention.decode_attention`; logits and sums in float32."""
+    k, v = layer_of((k, v), start, visible.shape[2])
     batch, heads, size = q.shape
     cache_heads, slots = k.shape[1:3]
     grouped = q.reshape(batch, cache_heads, -1, size)  # [B, J, G, H]
@@ -43,17 +37,29 @@ def decode_attention(
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     logits = jnp.where(visible.reshape(batch, cache_heads, -1, slots), logits, -jnp.inf)
-    peak = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - jnp.where(peak == -jnp.inf, 0.0, peak))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    total = jnp.where(total == 0.0, 1.0, total)
+    numerators, total = softmax(logits)
     values = _numbers(v, q)
-    scaled = weights * v.scale[:, :, None] if isinstance(v, QuantArray) else weights
+    scaled = numerators * v.scale[:, :, None] if isinstance(v, QuantArray) else numerators
     out = jnp.einsum(
         "bjgs,bjsh->bjgh", scaled.astype(values.dtype), values, preferred_element_type=jnp.float32
     )
     out = (out / total).reshape(q.shape).astype(q.dtype)
-    return out, (weights / total).reshape(batch, heads, slots)
+    return out, (numerators / total).reshape(batch, heads, slots) if weights else None
+
+
+def softmax(logits: Float[Array, "... S"]) -> tuple[Float[Array, "... S"], Float[Array, "... 1"]]:
+    """Numerators and denominator of the softmax; 0 and 1 where all logits are -inf."""
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    numerators = jnp.exp(logits - jnp.where(peak == -jnp.inf, 0.0, peak))
+    total = jnp.sum(numerators, axis=-1, keepdims=True)
+    return numerators, jnp.where(total == 0.0, 1.0, total)
+
+
+def layer_of(stack: Tree, start: int | Int[Array, ""] | None, slots: int) -> Tree:
+    """The slots of one layer, cut out of arrays that hold those of many along axis 2."""
+    if start is None:
+        return stack
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, slots, axis=2), stack)
 
 
 def _numbers(x: Array | QuantArray, like: Array) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike
@@ -42,6 +43,19 @@ class Spec:
     def options(self) -> dict[str, Any]:
         """The op's keyword arguments."""
         return {"capacity": self.capacity}
+
+    def shapes(self, dtype: DTypeLike) -> tuple[Any, ...]:
+        """Those of `inputs`."""
+        keys = (self.batch, self.kv_heads, self.columns)
+        entries = jax.ShapeDtypeStruct((*keys, self.head_dim), dtype)
+        if self.int8:
+            entries = jax.eval_shape(quantize, entries)
+        return (
+            jax.ShapeDtypeStruct((self.batch, self.sets, self.columns), jnp.float32),
+            *(entries,) * 2,
+            jax.ShapeDtypeStruct(keys, jnp.int32),
+            jax.ShapeDtypeStruct((self.batch,), jnp.int32),
+        )
 
     def inputs(
         self, dtype: DTypeLike, *, seed: int = 0

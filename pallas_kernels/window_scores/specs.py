@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike
@@ -58,6 +59,19 @@ class Spec:
             softcap=self.softcap,
             sliding_window=self.sliding_window,
             **dict(self.options),
+        )
+
+    def shapes(self, dtype: DTypeLike) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+        """Those of `inputs`."""
+        keys = (self.batch, self.kv_heads, self.columns, self.head_dim)
+        places = (self.batch, self.kv_heads if self.by_head else 1, self.columns)
+        return (
+            jax.ShapeDtypeStruct((self.batch, self.heads, self.window, self.head_dim), dtype),
+            *(jax.ShapeDtypeStruct(keys, dtype),) * 2,
+            jax.ShapeDtypeStruct((self.heads, self.head_dim, self.head_dim), jnp.float32),
+            None if self.maximum else jax.ShapeDtypeStruct((self.window,), jnp.float32),
+            jax.ShapeDtypeStruct((self.batch, self.window), jnp.int32),
+            jax.ShapeDtypeStruct(places, jnp.int32),
         )
 
     def inputs(

@@ -1,0 +1,53 @@
+"""Kernels through the TPU's own compiler: it refuses what lowering and the interpreter accept."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention.specs import SPECS
+from pallas_kernels.masked_eviction import masked_eviction
+from pallas_kernels.masked_eviction.specs import SPECS as EVICTIONS
+from pallas_kernels.window_scores import window_scores
+from pallas_kernels.window_scores.specs import SPECS as SCORES
+from tests.pallas_kernels.lowering import TOPOLOGIES, compiled, needs_libtpu
+
+pytestmark = [pytest.mark.tpu_aot, needs_libtpu]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", TOPOLOGIES)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_decode_attention(spec, kind, dtype):
+    inputs = spec.shapes(dtype)
+    for weights in (False, True):
+        run = functools.partial(decode_attention, **spec.options, weights=weights)
+        program = compiled(run, *inputs, kind=kind)
+        assert "tpu_custom_call" in program.as_text()
+        # No copy of a layer: what XLA makes on the way is smaller than the layer's keys.
+        temporary = program.memory_analysis().temp_size_in_bytes
+        assert spec.slots < 128 or temporary < spec.read_bytes(dtype) / 2
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", TOPOLOGIES)
+@pytest.mark.parametrize("spec", SCORES, ids=lambda spec: spec.name)
+def test_window_scores(spec, kind, dtype):
+    """Their largest array is what is given, or the scores: no weights, no projections."""
+    inputs = spec.shapes(dtype)
+    program = compiled(functools.partial(window_scores, form=spec.form), *inputs, kind=kind)
+    assert "tpu_custom_call" in program.as_text()
+    temporary = program.memory_analysis().temp_size_in_bytes
+    assert not spec.large or temporary < spec.read_bytes(dtype) / 10
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", TOPOLOGIES)
+@pytest.mark.parametrize("spec", EVICTIONS, ids=lambda spec: spec.name)
+def test_masked_eviction(spec, kind, dtype):
+    run = functools.partial(masked_eviction, **spec.options)
+    program = compiled(run, *spec.shapes(dtype), kind=kind)
+    assert "tpu_custom_call" in program.as_text()
