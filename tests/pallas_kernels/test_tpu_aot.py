@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -13,6 +14,9 @@ from pallas_kernels.masked_eviction import masked_eviction
 from pallas_kernels.masked_eviction.specs import SPECS as EVICTIONS
 from pallas_kernels.window_scores import window_scores
 from pallas_kernels.window_scores.specs import SPECS as SCORES
+from restkv_jax.compression import compress
+from restkv_jax.layer import layer_inputs
+from restkv_jax.policies import RestKV, SnapKV
 from tests.pallas_kernels.lowering import TOPOLOGIES, compiled, needs_libtpu
 
 pytestmark = [pytest.mark.tpu_aot, needs_libtpu]
@@ -51,3 +55,21 @@ def test_masked_eviction(spec, kind, dtype):
     run = functools.partial(masked_eviction, **spec.options)
     program = compiled(run, *spec.shapes(dtype), kind=kind)
     assert "tpu_custom_call" in program.as_text()
+
+
+@pytest.mark.parametrize(
+    "policy", [SnapKV(), RestKV(spatial="avgpool"), RestKV.paper(spatial="maxpool")], ids=repr
+)
+def test_policies_make_no_weights_of_the_prompts_length(policy):
+    """The weights that the reference would need are traced, but nothing is left of them."""
+    heads, kv_heads, columns, size = 32, 8, 8192, 128
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    keys = shape((1, kv_heads, columns, size))
+    inputs = shape((1, heads, policy.window, size)), keys, keys, shape((heads, size, 256))
+
+    def run(*arrays):
+        return compress(policy, layer_inputs(*arrays), capacity=512)
+
+    program = compiled(run, *inputs, kind="TPU v5e")
+    weights = 4 * heads * policy.window * columns
+    assert program.memory_analysis().temp_size_in_bytes < weights / 4

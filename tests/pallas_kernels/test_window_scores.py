@@ -207,6 +207,7 @@ def test_the_kernels_are_lowered_for_tpu_and_the_reference_for_cpu(kind):
     text = lowered(op, *args)
     assert f"window_scores_{kind}" in text
     assert text.count("tpu_custom_call") == 2
+    assert "tpu_custom_call" not in lowered(op, *args, kind="NVIDIA H200")
     assert "custom_call" not in jax.jit(op).lower(*args).as_text()
 
 
