@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.masked_eviction import compact, select_flat
+from pallas_kernels.masked_eviction import compact, masked_eviction, select_flat, take
 from restkv_jax.allocation import HeadAllocation
 from restkv_jax.layer import LayerInputs
 from restkv_jax.policies import Policy
@@ -90,13 +90,27 @@ def compress(
     """
     if heads is not None:
         return _compress_flat(policy, layer, capacity, budget, heads, budgets_of)
-    columns = select(policy, layer, capacity=capacity, budget=budget)
-    filled = columns >= 0
+    if policy.selects_by_importance:
+        most = min(capacity, layer.columns)
+        slots = jnp.full_like(layer.lengths, most) if budget is None else jnp.minimum(budget, most)
+        k, v, positions, columns = masked_eviction(
+            policy.importance(layer, most, slots),
+            layer.k,
+            layer.v,
+            layer.positions,
+            slots,
+            capacity=capacity,
+        )
+    else:
+        columns = select(policy, layer, capacity=capacity, budget=budget)
+        k, v, positions = take(columns, layer.k, layer.v, layer.positions)
+    assert isinstance(k, jax.Array)
+    assert isinstance(v, jax.Array)
     carried = policy.carry(layer)
     return CompressedLayer(
-        k=jnp.where(filled[..., None], compact(layer.k, columns), 0),
-        v=jnp.where(filled[..., None], compact(layer.v, columns), 0),
-        positions=jnp.where(filled, _taken(layer, columns), -1),
+        k=k,
+        v=v,
+        positions=positions,
         carried=None if carried is None else compact_carried(carried, columns),
     )
 
@@ -107,12 +121,6 @@ def compact_carried(
     """Gathers what each query head hands on of the columns that its set keeps; -1 if empty."""
     columns = jnp.repeat(columns, carried.shape[1] // columns.shape[1], axis=1)
     return jnp.where(columns >= 0, compact(carried, columns), -1.0)
-
-
-def _taken(layer: LayerInputs, columns: Int[Array, "B J C"]) -> Int[Array, "B J C"]:
-    positions = layer.positions
-    shape = (*positions.shape[:1], layer.spec.num_kv_heads, layer.columns)
-    return compact(jnp.broadcast_to(positions, shape), columns)
 
 
 def _compress_flat(

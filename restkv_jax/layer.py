@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.window_scores import output_factor, window_attention
+from pallas_kernels.window_scores import (
+    Kind,
+    ScoreForm,
+    output_factor,
+    window_attention,
+    window_scores,
+    window_visible,
+)
 from restkv_jax.protocols import LayerSpec
 
 Result = TypeVar("Result")
@@ -157,11 +164,69 @@ class LayerInputs:
         """
         return self.once(("window_weights", window), lambda: self._window_weights(window))
 
+    def window_scores(
+        self,
+        window: int,
+        row_weights: Float[Array, " W"] | None,
+        *,
+        kind: Kind,
+        past: int,
+        factor: Float[Array, "N H R"] | None = None,
+        **options: Any,
+    ) -> Float[Array, "B N P"]:
+        """Scores of the first `past` columns by the last `window` queries, see `window_scores`.
+
+        Args:
+            window: W.
+            row_weights: weight of each query; None takes the maximum over them.
+            kind: of score.
+            past: P.
+            factor: of distances, for reconstruction errors.
+            options: further fields of `ScoreForm`.
+        """
+        q, k, queries, positions = self._window_arrays(window)
+        spec = self.spec
+        form = ScoreForm(
+            kind=kind,
+            past=past,
+            scale=spec.scale,
+            softcap=spec.softcap,
+            sliding_window=spec.window,
+            **options,
+        )
+        log_sums = self.log_sums
+        if log_sums is not None:
+            whole = self.probe is None and log_sums.shape[2] >= window
+            log_sums = log_sums[:, :, -window:] if whole else None
+        return window_scores(
+            q,
+            k,
+            None if kind == "attention" else self.seen_values,
+            factor,
+            row_weights,
+            queries,
+            positions,
+            form=form,
+            weights=self.window_weights(window),
+            log_sums=log_sums,
+        )
+
     def window_visible(self, window: int) -> Bool[Array, "B M W T"]:
         """True where one of the last `window` queries may look."""
-        return self._seen(self.query_positions(window), self.positions)
+        return window_visible(self.query_positions(window), self.positions, self.spec.window)
 
     def _window_weights(self, window: int) -> Float[Array, "B N W S"]:
+        q, k, queries, positions = self._window_arrays(window)
+        return window_attention(
+            q,
+            k,
+            window_visible(queries, positions, self.spec.window),
+            scale=self.spec.scale,
+            softcap=self.spec.softcap,
+        )
+
+    def _window_arrays(self, window: int) -> tuple[Array, Array, Array, Array]:
+        """Queries and keys of the window's attention, and the positions of both."""
         q, k, positions, queries = self.q, self.k, self.positions, self.query_positions(window)
         if self.probe is not None:
             q, own = self.probe.q, jnp.arange(self.probe.q.shape[2])
@@ -174,22 +239,7 @@ class LayerInputs:
             raise ValueError(f"q: expected at least the last {window} queries, got {q.shape[2]}")
         q = q[:, :, -window:]
         q = jnp.pad(q, ((0, 0), (0, 0), (window - q.shape[2], 0), (0, 0)))
-        return window_attention(
-            q,
-            k,
-            self._seen(queries, positions),
-            scale=self.spec.scale,
-            softcap=self.spec.softcap,
-        )
-
-    def _seen(
-        self, queries: Int[Array, "B W"], positions: Int[Array, "B M S"]
-    ) -> Bool[Array, "B M W S"]:
-        distance = queries[:, None, :, None] - positions[:, :, None]
-        seen = (distance >= 0) & (positions[:, :, None] >= 0)
-        if self.spec.window is not None:
-            seen &= distance < self.spec.window
-        return seen
+        return q, k, queries, positions
 
 
 def layer_inputs(

@@ -2,9 +2,61 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from pallas_kernels.quantized import QuantArray
+
+
+class Kept(NamedTuple):
+    """What stays of each head, in order of column; empty slots come last.
+
+    Attributes:
+        k: [B, J, C, H] keys, zeros in empty slots.
+        v: [B, J, C, H] values.
+        positions: [B, J, C] -1 for empty slots.
+        columns: [B, J, C] where each entry was, -1 for empty slots.
+    """
+
+    k: Float[Array, "B J C H"] | QuantArray
+    v: Float[Array, "B J C H"] | QuantArray
+    positions: Int[Array, "B J C"]
+    columns: Int[Array, "B J C"]
+
+
+def masked_eviction(
+    importance: Float[Array, "B J T"],
+    k: Float[Array, "B K T H"] | QuantArray,
+    v: Float[Array, "B K T H"] | QuantArray,
+    positions: Int[Array, "B M T"],
+    budget: Int[Array, " B"],
+    *,
+    capacity: int,
+) -> Kept:
+    """See the public function."""
+    kept = min(capacity, importance.shape[-1])
+    columns = select_slots(importance, capacity=kept, budget=jnp.minimum(budget, kept))
+    columns = jnp.pad(columns, ((0, 0), (0, 0), (0, capacity - kept)), constant_values=-1)
+    return Kept(*take(columns, k, v, positions), columns)
+
+
+def take(
+    columns: Int[Array, "B J C"],
+    k: Float[Array, "B K T H"] | QuantArray,
+    v: Float[Array, "B K T H"] | QuantArray,
+    positions: Int[Array, "B M T"],
+) -> tuple[Array | QuantArray, Array | QuantArray, Int[Array, "B J C"]]:
+    """Keys, values and positions of the chosen columns; zeros and -1 in empty slots (-1)."""
+
+    def moved(x: Array) -> Array:
+        filled = (columns >= 0).reshape(*columns.shape, *(1,) * (x.ndim - 3))
+        return jnp.where(filled, compact(x, columns), 0)
+
+    k, v = (jax.tree.map(moved, x) for x in (k, v))
+    return k, v, jnp.where(columns >= 0, compact(positions, columns), -1)
 
 
 def select_slots(

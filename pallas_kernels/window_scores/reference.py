@@ -14,10 +14,68 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.window_scores.form import ScoreForm
 
 # The smallest normal float32: below it a sum of weights counts as nothing at all.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
+
+
+def window_scores(
+    q: Float[Array, "B N W H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"] | None,
+    factor: Float[Array, "N H R"] | None,
+    row_weights: Float[Array, " W"] | None,
+    query_positions: Int[Array, "B W"],
+    key_positions: Int[Array, "B M T"],
+    weights: Float[Array, "B N W T"] | None = None,
+    *,
+    form: ScoreForm,
+) -> Float[Array, "B N P"]:
+    """See the public function; `weights` spares the attention, if it is at hand."""
+    if weights is None:
+        seen = window_visible(query_positions, key_positions, form.sliding_window)
+        weights = window_attention(q, k, seen, scale=form.scale, softcap=form.softcap)
+    if form.kind == "attention":
+        past = weights[..., : form.past]
+        if row_weights is None:
+            return jnp.max(past, axis=2)
+        return jnp.sum(past * row_weights[:, None], axis=2)
+    assert v is not None
+    assert factor is not None
+    if form.kind == "per_query":
+        return per_query_reconstruction(
+            weights,
+            v,
+            factor,
+            row_weights,
+            relative=form.relative,
+            power=form.power,
+            past=form.past,
+        )
+    assert row_weights is not None
+    averaged = (weights * row_weights[:, None]).sum(axis=2)
+    window = weights.shape[-1] - form.past
+    return aggregated_reconstruction(averaged, v, factor, window=window, tau=form.tau)
+
+
+def window_visible(
+    query_positions: Int[Array, "B W"], key_positions: Int[Array, "B M T"], window: int | None
+) -> Bool[Array, "B M W T"]:
+    """True where a query may look: at filled columns up to its own position.
+
+    Args:
+        query_positions: negative for rows that see nothing.
+        key_positions: negative for columns that hold no key.
+        window: how many positions a query looks back at, its own among them; all if None.
+    """
+    distance = query_positions[:, None, :, None] - key_positions[:, :, None]
+    seen = (distance >= 0) & (key_positions[:, :, None] >= 0)
+    if window is not None:
+        seen &= distance < window
+    return seen
 
 
 def output_factor(w_o: Float[Array, "N H D"]) -> Float[Array, "N H R"]:

@@ -76,6 +76,14 @@ class Policy(abc.ABC):
             budget: slots that each row may fill.
         """
 
+    @property
+    def selects_by_importance(self) -> bool:
+        """Whether `select` takes the largest importances, as it does unless it is overridden.
+
+        Selection and moving are then one op.
+        """
+        return type(self).select is Policy.select
+
     def select(
         self, layer: LayerInputs, capacity: int, budget: Int[Array, " B"]
     ) -> Int[Array, "B J C"]:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.window_scores import aggregated_reconstruction, per_query_reconstruction
+from pallas_kernels.window_scores import aggregated_reconstruction
 from restkv_jax.layer import LayerInputs
 from restkv_jax.policies.base import WindowPolicy, require, require_choice
 from restkv_jax.smoothing import (
@@ -151,19 +151,29 @@ class RestKV(WindowPolicy):
     ) -> Float[Array, "B N P"]:
         factor = layer.distance_factor(project=self.project)
         past = self.past_columns(layer)
+        rows = None
+        if self.temporal != "max":
+            rows = temporal_weights(self.temporal, self.window, self.alpha)
         if self.form == "before":
-            rows = None
-            if self.temporal != "max":
-                rows = temporal_weights(self.temporal, self.window, self.alpha)
-            return per_query_reconstruction(
-                weights, layer.seen_values, factor, rows, relative=self.relative, past=past
+            return layer.window_scores(
+                self.window,
+                rows,
+                kind="per_query",
+                past=past,
+                factor=factor,
+                relative=self.relative,
+            )
+        tau = self.tau if self.project else 1.0
+        if not self.carry_over or layer.carried is None:
+            return layer.window_scores(
+                self.window, rows, kind="aggregated", past=past, factor=factor, tau=tau
             )
         return aggregated_reconstruction(
             self._averaged(layer, weights),
             layer.seen_values,
             factor,
             window=weights.shape[-1] - past,
-            tau=self.tau if self.project else 1.0,
+            tau=tau,
         )
 
     def _averaged(

@@ -46,7 +46,9 @@ class SnapKV(WindowPolicy):
     ) -> Float[Array, "B N P"]:
         """Σ_t A_t[n], or max_t, pooled."""
         del capacity, budget
-        weights = layer.window_weights(self.window)[..., : self.past_columns(layer)]
-        scores = (jnp.sum if self.aggregate == "sum" else jnp.max)(weights, axis=2)
+        rows = jnp.ones(self.window) if self.aggregate == "sum" else None
+        scores = layer.window_scores(
+            self.window, rows, kind="attention", past=self.past_columns(layer)
+        )
         pool = average_pool if self.pooling == "avgpool" else max_pool
         return pool(scores, self.poolable(layer), self.kernel)

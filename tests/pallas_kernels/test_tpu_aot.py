@@ -10,8 +10,15 @@ import pytest
 
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.specs import SPECS
+from pallas_kernels.masked_eviction import masked_eviction
+from pallas_kernels.masked_eviction.specs import SPECS as EVICTIONS
+from pallas_kernels.window_scores import window_scores
+from pallas_kernels.window_scores.specs import SPECS as SCORES
 from restkv_jax.cache import init_cache
+from restkv_jax.compression import compress
 from restkv_jax.decode import CachePlan, Full, decode_chunk, init_decode, row_keys
+from restkv_jax.layer import layer_inputs
+from restkv_jax.policies import RestKV, SnapKV
 from tests.pallas_kernels.lowering import TOPOLOGIES, compiled, needs_libtpu
 from tests.restkv_jax import tiny
 
@@ -65,3 +72,42 @@ def test_the_decode_loop_copies_no_cache(scanned, storage):
         if " copy(" in line and f"[{shape},128]" in line.split(" copy(")[0]
     ]
     assert copies == []
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", TOPOLOGIES)
+@pytest.mark.parametrize("spec", SCORES, ids=lambda spec: spec.name)
+def test_window_scores(spec, kind, dtype):
+    """Their largest array is what is given, or the scores: no weights, no projections."""
+    inputs = spec.shapes(dtype)
+    program = compiled(functools.partial(window_scores, form=spec.form), *inputs, kind=kind)
+    assert "tpu_custom_call" in program.as_text()
+    temporary = program.memory_analysis().temp_size_in_bytes
+    assert not spec.large or temporary < spec.read_bytes(dtype) / 10
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", TOPOLOGIES)
+@pytest.mark.parametrize("spec", EVICTIONS, ids=lambda spec: spec.name)
+def test_masked_eviction(spec, kind, dtype):
+    run = functools.partial(masked_eviction, **spec.options)
+    program = compiled(run, *spec.shapes(dtype), kind=kind)
+    assert "tpu_custom_call" in program.as_text()
+
+
+@pytest.mark.parametrize(
+    "policy", [SnapKV(), RestKV(spatial="avgpool"), RestKV.paper(spatial="maxpool")], ids=repr
+)
+def test_policies_make_no_weights_of_the_prompts_length(policy):
+    """The weights that the reference would need are traced, but nothing is left of them."""
+    heads, kv_heads, columns, size = 32, 8, 8192, 128
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    keys = shape((1, kv_heads, columns, size))
+    inputs = shape((1, heads, policy.window, size)), keys, keys, shape((heads, size, 256))
+
+    def run(*arrays):
+        return compress(policy, layer_inputs(*arrays), capacity=512)
+
+    program = compiled(run, *inputs, kind="TPU v5e")
+    weights = 4 * heads * policy.window * columns
+    assert program.memory_analysis().temp_size_in_bytes < weights / 4

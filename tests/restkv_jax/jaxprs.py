@@ -8,10 +8,17 @@ from typing import Any
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """Every equation, those of inner programs included, once for each place they are called at."""
+    """Every equation, those of inner programs included, once for each place they are called at.
+
+    Of a choice by platform the default is looked at, which is what runs on CPU.
+    """
     for equation in jaxpr.eqns:
         yield equation
-        for value in equation.params.values():
+        params = dict(equation.params)
+        platforms = params.pop("branches_platforms", None)
+        if platforms is not None:
+            params["branches"] = params["branches"][platforms.index(None)]
+        for value in params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 if hasattr(inner, "jaxpr"):
                     yield from equations(inner.jaxpr)
