@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from experiments.core.errors import run_main
 from experiments.core.program import (
     Benchmark,
+    Generation,
     announce,
     load_model,
     read_policies,
@@ -49,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         title=title,
         sets=sets,
         averages=[Average("mean of sets", names)] if len(names) > 1 else [],
-        prompting=prompting,
-        longest_prompt=max_length + TEMPLATE_ROOM,
+        how=Generation(prompting=prompting, longest_prompt=max_length + TEMPLATE_ROOM),
         score=score_prediction,
         settings={
             "data": args.data if args.data in ("offline", "hub") else "folder",

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.core.errors import UserError
-from experiments.core.options import Parser, add_common_options, count_of
-from experiments.core.runner import Prompting
+from experiments.core.options import Parser, add_common_options, count_of, parse_names
+from experiments.core.prompts import Prompting
 from experiments.core.tasks import SetSpec, TaskSet
 from experiments.longbench.data import load_folder, load_hub
 from experiments.longbench.offline import OFFLINE_SETS, build_suite
@@ -123,13 +123,7 @@ def choose_specs(text: str | None, known: dict[str, SetSpec]) -> list[SetSpec]:
     """
     if text is None:
         return list(known.values())
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise UserError(f"--sets: unknown set {name!r}; known are {', '.join(known)}")
-        if names.count(name) > 1:
-            raise UserError(f"--sets: {name} is given twice")
-    return [known[name] for name in names]
+    return [known[name] for name in parse_names("--sets", text, list(known))]
 
 
 def load_sets(

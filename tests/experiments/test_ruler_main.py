@@ -13,8 +13,9 @@ import pytest
 import models
 from experiments.core import engine as engines
 from experiments.core.errors import UserError, run_main
+from experiments.core.options import parse_lengths
 from experiments.ruler.__main__ import main
-from experiments.ruler.cli import build_parser, parse_lengths, parse_tasks
+from experiments.ruler.cli import build_parser, parse_tasks
 from tests.experiments.ruler_data import write_folder
 
 MODEL = str(Path(__file__).parents[1] / "fixtures/hf_tiny/qwen3_qknorm")
