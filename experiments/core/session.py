@@ -79,8 +79,7 @@ def run_session(
 
     Returns:
         Tables of scores, of differences between policies, the benchmark's own, and of costs. The
-        folder's `table.md`
-        has them too, with the differences of each set where there are averages.
+        folder's `table.md` has them too, with the differences of each set where there are averages.
 
     Raises:
         UserError: if the folder is in use, holds another configuration, or cannot be written.
