@@ -77,7 +77,7 @@ class EvictionEngine:
         prefill_s = time.perf_counter() - start
         answers = {}
         for label, plan, cache in zip(policies, plans, caches, strict=True):
-            kept, held = _kept_slots(cache), cache.total_bytes
+            kept, held = kept_slots(cache), cache.total_bytes
             start = time.perf_counter()
             after, cache = self._ask(question, logits, cache)
             asked_s = time.perf_counter() - start
@@ -151,7 +151,8 @@ def check_fit(
         )
 
 
-def _kept_slots(cache: KVCache) -> float:
+def kept_slots(cache: KVCache) -> float:
+    """Filled slots, mean over layers and heads."""
     filled = [jnp.sum(stack.positions >= 0) for stack in cache.stacks]
     heads = sum(stack.used.size * stack.heads for stack in cache.stacks)
     return float(sum(filled)) / heads

@@ -71,20 +71,27 @@ def heat_map(
 
 
 def lines(
-    path: Path, series: Mapping[str, np.ndarray], *, title: str, label: str, axis: str = "layer"
+    path: Path,
+    series: Mapping[str, np.ndarray],
+    *,
+    title: str,
+    label: str,
+    axis: str = "layer",
+    at: np.ndarray | None = None,
 ) -> None:
     """Draws one line for each name.
 
     Args:
         path: the PNG file.
-        series: name -> [L] values, from 0 on.
+        series: name -> [L] values.
         title: above the plot.
         label: what the values are.
         axis: what they are counted by.
+        at: [L] where they are on the axis; at 0, 1, 2, ... by default.
     """
     with _axes(path, (7.0, 4.0)) as (_, axes):
         for name, values in series.items():
-            axes.plot(np.arange(len(values)), values, marker=".", label=name)
+            axes.plot(np.arange(len(values)) if at is None else at, values, marker=".", label=name)
         axes.set(title=title, xlabel=axis, ylabel=label, ylim=(0.0, None))
         axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)
