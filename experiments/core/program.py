@@ -34,10 +34,12 @@ class Generation:
     Attributes:
         prompting: how rows become prompts.
         longest_prompt: tokens of the longest prompt, chat template included.
+        temperature: of sampling; 0 takes the most likely token.
     """
 
     prompting: Prompting
     longest_prompt: int
+    temperature: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,6 +194,7 @@ def _generating(
             plans,
             longest_prompt=how.longest_prompt,
             weights_bytes=language_model.weights_bytes,
+            temperature=how.temperature,
         )
         return generating(engine, language_model.tokenizer, how.prompting, args.seed)
 

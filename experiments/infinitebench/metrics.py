@@ -160,5 +160,10 @@ def _behind(text: str, prefixes: Sequence[str]) -> str | None:
 
 
 def _characters(text: str) -> list[str]:
-    kept = (c for c in "".join(text.lower().split()) if c not in string.punctuation)
-    return [c for c in kept if not unicodedata.category(c).startswith("P")]
+    return [
+        c
+        for c in "".join(text.lower().split())
+        # Marks that are symbols to Unicode, such as "+", count too, in both widths.
+        if unicodedata.normalize("NFKC", c) not in string.punctuation
+        and not unicodedata.category(c).startswith("P")
+    ]
