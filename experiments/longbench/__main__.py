@@ -15,6 +15,7 @@ from experiments.core.program import (
     run_benchmark,
 )
 from experiments.core.uncertainty import Average
+from experiments.longbench.buckets import write_buckets
 from experiments.longbench.cli import (
     TEMPLATE_ROOM,
     build_parser,
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         averages=[Average("mean of sets", names)] if len(names) > 1 else [],
         how=Generation(prompting=prompting, longest_prompt=max_length + TEMPLATE_ROOM),
         score=score_prediction,
+        finish=lambda store, scores: write_buckets(store, scores, sets) if args.longbench_e else (),
         settings={
             "data": args.data if args.data in ("offline", "hub") else "folder",
             "prompts": args.prompts,

@@ -66,6 +66,11 @@ def add_set_options(parser: argparse.ArgumentParser) -> None:
         help="sets to ask, separated by commas (default: all that the data holds)",
     )
     group.add_argument(
+        "--longbench-e",
+        action="store_true",
+        help="rows of LongBench-E (SET_e.jsonl), even in length, and their scores by length",
+    )
+    group.add_argument(
         "--max-length",
         metavar="T",
         type=count_of("--max-length", 16),
@@ -144,6 +149,8 @@ def load_sets(
     if args.data == "offline":
         if args.prompts == "official":
             raise UserError("--prompts official: the offline suite has no official prompts")
+        if args.longbench_e:
+            raise UserError("--longbench-e: the offline suite is not LongBench")
         specs = choose_specs(args.sets, OFFLINE_SETS)
         sets = build_suite(
             specs,
@@ -155,11 +162,20 @@ def load_sets(
         return sets, "offline suite (not LongBench), score 0-100"
     specs = _with_prompts(choose_specs(args.sets, LONGBENCH_SETS), args.prompts)
     if args.data == "hub":
-        sets = load_hub(specs, limit=args.limit)
+        sets = load_hub(
+            specs, limit=args.limit, explicit=args.sets is not None, even=args.longbench_e
+        )
     else:
-        sets = load_folder(Path(args.data), specs, limit=args.limit, explicit=args.sets is not None)
+        sets = load_folder(
+            Path(args.data),
+            specs,
+            limit=args.limit,
+            explicit=args.sets is not None,
+            even=args.longbench_e,
+        )
     wording = "official wordings" if args.prompts == "official" else "own wordings"
-    return sets, f"LongBench ({args.protocol} protocol, {wording}), score 0-100"
+    name = "LongBench-E" if args.longbench_e else "LongBench"
+    return sets, f"{name} ({args.protocol} protocol, {wording}), score 0-100"
 
 
 def _with_prompts(specs: Sequence[SetSpec], prompts: str) -> list[SetSpec]:

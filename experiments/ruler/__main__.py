@@ -22,6 +22,7 @@ from experiments.core.tasks import Row, SetSpec
 from experiments.ruler.cli import build_parser
 from experiments.ruler.scoring import score_prediction
 from experiments.ruler.sources import Sources
+from experiments.ruler.summary import write_summaries
 from experiments.ruler.tasks import TASKS, averages_of, build_sets
 
 
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         how=Generation(prompting=prompting, longest_prompt=longest),
         score=score_prediction,
         record=prediction_row,
+        finish=lambda store, scores: write_summaries(store, scores, sets),
         settings={"template": args.template, "query_agnostic": args.query_agnostic},
     )
     return run_benchmark(args, language_model, policies, benchmark)
