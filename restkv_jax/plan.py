@@ -160,11 +160,14 @@ class CachePlan:
         """This plan, or for a layer with a sliding window the plan of its ring buffer.
 
         A ring needs no headroom: it has a slot for each token of the window, or for each token
-        that there can be if those are fewer.
+        that there can be if those are fewer. There can be any number if eviction goes on while
+        decoding.
         """
         if spec.window is None:
             return self
-        slots = min(spec.window, columns + self.headroom)
+        slots = spec.window
+        if self.decode_budget is None:
+            slots = min(slots, columns + self.headroom)
         return CachePlan(policy=_LAST, budget=slots, headroom=0, storage=self.storage)
 
     def layer_budget(self, layer: int, num_layers: int) -> Budget | None:

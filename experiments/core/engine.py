@@ -39,6 +39,7 @@ class EvictionEngine:
         plans: label -> plan.
         longest_prompt: tokens of the longest prompt that will come; checked against memory.
         weights_bytes: memory that the weights take.
+        temperature: of sampling; 0 takes the most likely token.
 
     Raises:
         UserError: a plan does not suit the model, or the caches of one row do not fit into
@@ -52,7 +53,9 @@ class EvictionEngine:
         *,
         longest_prompt: int,
         weights_bytes: int,
+        temperature: float = 0.0,
     ) -> None:
+        self._temperature = temperature
         self._plans = dict(plans)
         check_fit(model, self._plans, bucket_length(longest_prompt), weights_bytes)
         self._model = with_output_factors(model)
@@ -68,7 +71,7 @@ class EvictionEngine:
         min_new_tokens: int = 0,
         context_tokens: int | None = None,
     ) -> dict[str, Answer]:
-        """Answers one prompt by greedy decoding; see `experiments.core.runner.Engine`."""
+        """Answers one prompt; see `experiments.core.runner.Engine`."""
         plans = tuple(self._plans[label] for label in policies)
         tokens, valid = pad_prompts([prompt_ids[:context_tokens]])
         question = [] if context_tokens is None else prompt_ids[context_tokens:]
@@ -77,7 +80,7 @@ class EvictionEngine:
         prefill_s = time.perf_counter() - start
         answers = {}
         for label, plan, cache in zip(policies, plans, caches, strict=True):
-            kept, held = _kept_slots(cache), cache.total_bytes
+            kept, held = kept_slots(cache), cache.total_bytes
             start = time.perf_counter()
             after, cache = self._ask(question, logits, cache)
             asked_s = time.perf_counter() - start
@@ -88,7 +91,7 @@ class EvictionEngine:
                 cache,
                 headroom=plan.headroom,
                 max_new_tokens=max_new_tokens,
-                sampling=Sampling(min_new_tokens=min_new_tokens),
+                sampling=Sampling(temperature=self._temperature, min_new_tokens=min_new_tokens),
                 seed=seed % 2**31,
                 stop_tokens=stop_ids,
                 chunk=_CHUNK,
@@ -151,7 +154,8 @@ def check_fit(
         )
 
 
-def _kept_slots(cache: KVCache) -> float:
+def kept_slots(cache: KVCache) -> float:
+    """Filled slots, mean over layers and heads."""
     filled = [jnp.sum(stack.positions >= 0) for stack in cache.stacks]
     heads = sum(stack.used.size * stack.heads for stack in cache.stacks)
     return float(sum(filled)) / heads

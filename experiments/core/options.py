@@ -12,6 +12,7 @@ from typing import NoReturn
 from experiments.core.errors import UserError
 
 DEFAULT_POLICIES = ("full", "streaming", "snapkv", "restkv")
+_LEAST_LENGTH = 256
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -187,6 +188,79 @@ def add_common_options(
         help="results folder; an interrupted run resumes there (default: results/NAME-HASH, one "
         "for each configuration)",
     )
+
+
+def add_generated_options(group: argparse._ArgumentGroup, *, rows: int) -> None:
+    """Adds what the benchmarks that make their prompts to measure have in common.
+
+    Args:
+        group: of the runner's own options.
+        rows: default number of rows in each set.
+    """
+    group.add_argument(
+        "--lengths",
+        metavar="T,T",
+        type=parse_lengths,
+        default=(1024,),
+        help="tokens of prompt and generation together, separated by commas; 4k is 4096 "
+        "(default: 1024)",
+    )
+    group.add_argument(
+        "--rows",
+        metavar="N",
+        type=count_of("--rows", 1),
+        default=rows,
+        help=f"rows in each set (default: {rows})",
+    )
+    group.add_argument(
+        "--query-agnostic",
+        action="store_true",
+        help="compress the context before the question is seen, then feed the question (default: "
+        "the question is in the prompt that is compressed)",
+    )
+    group.add_argument(
+        "--template",
+        choices=("chat", "none"),
+        default="chat",
+        help="chat: the model's chat template, where it has one; none: the bare prompt "
+        "(default: chat)",
+    )
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """Reads lengths in tokens, "4096" or "4k".
+
+    Raises:
+        UserError: for anything else, a length below 256, or one given twice.
+    """
+    lengths = []
+    for part in text.lower().split(","):
+        match = re.fullmatch(r"\s*(\d+)(k?)\s*", part, re.ASCII)
+        length = int(match[1]) * (1024 if match[2] else 1) if match else 0
+        if length < _LEAST_LENGTH:
+            raise UserError(
+                f"--lengths {text}: expected lengths from {_LEAST_LENGTH} on, such as 4096 or 4k"
+            )
+        if length in lengths:
+            raise UserError(f"--lengths {text}: {length} is given twice")
+        lengths.append(length)
+    return tuple(lengths)
+
+
+def parse_names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Reads names that are separated by commas.
+
+    Raises:
+        UserError: naming an unknown one, or one given twice.
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    what = option.removeprefix("--").removesuffix("s")
+    for name in names:
+        if name not in known:
+            raise UserError(f"{option}: unknown {what} {name!r}; known are {', '.join(known)}")
+        if names.count(name) > 1:
+            raise UserError(f"{option}: {name} is given twice")
+    return names
 
 
 def chosen_policies(policies: Sequence[PolicyText] | None) -> tuple[PolicyText, ...]:

@@ -1,10 +1,10 @@
-"""Plots by layer and head, written as PNG. matplotlib is an optional dependency."""
+"""Heat maps and lines, written as PNG. matplotlib is an optional dependency."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,39 +28,70 @@ def require_matplotlib() -> None:
         ) from None
 
 
-def heat_map(path: Path, values: np.ndarray, *, title: str, label: str) -> None:
-    """Draws a value for each layer and head; NaN is left white.
+def heat_map(
+    path: Path,
+    values: np.ndarray,
+    *,
+    title: str,
+    label: str,
+    names: tuple[str, str] = ("layer", "head"),
+    ticks: tuple[Sequence[str], Sequence[str]] | None = None,
+    best: float | None = None,
+) -> None:
+    """Draws a square for each value; NaN is left white, 0 is always the same colour.
 
     Args:
         path: the PNG file.
-        values: [L, N], layers by heads.
+        values: [R, C], rows by columns.
         title: above the map.
         label: what the colours mean.
+        names: of rows and columns.
+        ticks: what to write at each row, the first one on top, and at each column; None numbers
+            them, row 0 at the bottom.
+        best: the greenest value, 0 being the reddest; None leaves colours without a judgement.
     """
-    layers, heads = values.shape
-    with _axes(path, (1.5 + 0.35 * max(heads, 8), 1.2 + 0.22 * max(layers, 8))) as (figure, axes):
-        # Every number has its own square, and 0 is always the same colour.
-        image = axes.imshow(values, aspect="auto", origin="lower", vmin=0.0, cmap="viridis")
-        axes.set(title=title, xlabel="head", ylabel="layer")
-        axes.locator_params(integer=True)
+    rows, columns = values.shape
+    size = (1.5 + 0.35 * max(columns, 8), 1.2 + 0.22 * max(rows, 8))
+    with _axes(path, size) as (figure, axes):
+        image = axes.imshow(
+            values,
+            aspect="auto",
+            origin="lower" if ticks is None else "upper",
+            vmin=0.0,
+            vmax=best,
+            cmap="viridis" if best is None else "RdYlGn",
+        )
+        axes.set(title=title, ylabel=names[0], xlabel=names[1])
+        if ticks is None:
+            axes.locator_params(integer=True)
+        else:
+            axes.set_yticks(np.arange(rows), ticks[0])
+            axes.set_xticks(np.arange(columns), ticks[1], rotation=45)
         figure.colorbar(image, ax=axes, label=label)
 
 
 def lines(
-    path: Path, series: Mapping[str, np.ndarray], *, title: str, label: str, axis: str = "layer"
+    path: Path,
+    series: Mapping[str, np.ndarray],
+    *,
+    title: str,
+    label: str,
+    axis: str = "layer",
+    at: np.ndarray | None = None,
 ) -> None:
     """Draws one line for each name.
 
     Args:
         path: the PNG file.
-        series: name -> [L] values, from 0 on.
+        series: name -> [L] values.
         title: above the plot.
         label: what the values are.
         axis: what they are counted by.
+        at: [L] where they are on the axis; at 0, 1, 2, ... by default.
     """
     with _axes(path, (7.0, 4.0)) as (_, axes):
         for name, values in series.items():
-            axes.plot(np.arange(len(values)), values, marker=".", label=name)
+            axes.plot(np.arange(len(values)) if at is None else at, values, marker=".", label=name)
         axes.set(title=title, xlabel=axis, ylabel=label, ylim=(0.0, None))
         axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)

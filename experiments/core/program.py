@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,31 @@ from experiments.core.environment import environment, package_version
 from experiments.core.errors import UserError
 from experiments.core.options import PolicyText, chosen_policies
 from experiments.core.plans import describe_plan, make_plan
+from experiments.core.prompts import Prompting, build_prompt
 from experiments.core.results import Record, folder_name, prediction_row
-from experiments.core.runner import Prompting, Score, build_prompt
-from experiments.core.session import describe_sets, run_session
+from experiments.core.runner import Ask, Score, generating
+from experiments.core.session import Finish, describe_sets, run_session
 from experiments.core.table import print_tables
 from experiments.core.tasks import TaskSet
 from experiments.core.uncertainty import Average
 from restkv_jax.decode import weights_fingerprint
 
 _DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Rows are asked by letting the model answer them.
+
+    Attributes:
+        prompting: how rows become prompts.
+        longest_prompt: tokens of the longest prompt, chat template included.
+        temperature: of sampling; 0 takes the most likely token.
+    """
+
+    prompting: Prompting
+    longest_prompt: int
+    temperature: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,10 +51,11 @@ class Benchmark:
         title: title of the score table.
         sets: the sets to ask.
         averages: means over sets that the results hold.
-        prompting: how rows become prompts.
-        longest_prompt: tokens of the longest prompt, chat template included.
+        how: a generation, or what makes something else that asks the rows.
         score: scores one prediction.
+        digits: decimals of the scores.
         record: format of the prediction files.
+        finish: adds the benchmark's own files and tables to those of a finished run.
         settings: the runner's own options that influence a prediction, as plain JSON values.
     """
 
@@ -46,10 +63,11 @@ class Benchmark:
     title: str
     sets: Sequence[TaskSet]
     averages: Sequence[Average]
-    prompting: Prompting
-    longest_prompt: int
+    how: Generation | Callable[[], Ask]
     score: Score
+    digits: int = 2
     record: Record = prediction_row
+    finish: Finish | None = None
     settings: Mapping[str, Any]
 
 
@@ -108,9 +126,12 @@ def run_benchmark(
     """
     sets = benchmark.sets
     config = _config(args, language_model, policies, benchmark)
-    headroom = max(task.spec.max_new_tokens for task in sets)
-    headroom += question_room(_longest_question(language_model, benchmark))
-    plans = {policy.label: make_plan(policy, args.budget, headroom=headroom) for policy in policies}
+    how = benchmark.how
+    make_ask = (
+        _generating(args, language_model, policies, sets, how)
+        if isinstance(how, Generation)
+        else how
+    )
     readable = f"{benchmark.name}-{Path(language_model.name).name}-{args.budget}"
     folder = args.out or Path("results") / folder_name(readable, config)
     tables = run_session(
@@ -119,32 +140,76 @@ def run_benchmark(
         environment=environment(),
         title=benchmark.title,
         sets=sets,
-        policies=list(plans),
-        make_engine=lambda: EvictionEngine(
-            language_model.model,
-            plans,
-            longest_prompt=benchmark.longest_prompt,
-            weights_bytes=language_model.weights_bytes,
-        ),
-        tokenizer=language_model.tokenizer,
-        prompting=benchmark.prompting,
+        policies=[policy.label for policy in policies],
+        make_ask=make_ask,
         score=benchmark.score,
-        seed=args.seed,
         averages=benchmark.averages,
+        digits=benchmark.digits,
         record=benchmark.record,
+        finish=benchmark.finish,
     )
     print_tables(tables)
     print(f"results: {folder}")
     return 0
 
 
-def _longest_question(language_model: models.LanguageModel, benchmark: Benchmark) -> int:
+def generated_prompts(
+    language_model: models.LanguageModel, *, query_agnostic: bool = False
+) -> Prompting:
+    """How the rows of sets that are made to measure become prompts: none is cut."""
+    return Prompting(
+        protocol="official",
+        max_length=None,
+        eos_ids=language_model.eos_ids,
+        turn_end_ids=language_model.turn_end_ids,
+        query_agnostic=query_agnostic,
+    )
+
+
+def check_length(option: str, length: int, language_model: models.LanguageModel) -> None:
+    """Refuses a length that the model cannot hold.
+
+    Raises:
+        UserError: naming the option, and what the model holds.
+    """
+    context = language_model.config.max_length
+    if context is not None and length > context:
+        raise UserError(f"{option} {length}: the model holds {context} tokens")
+
+
+def _generating(
+    args: argparse.Namespace,
+    language_model: models.LanguageModel,
+    policies: Sequence[PolicyText],
+    sets: Sequence[TaskSet],
+    how: Generation,
+) -> Callable[[], Ask]:
+    headroom = max(task.spec.max_new_tokens for task in sets)
+    headroom += question_room(_longest_question(language_model, sets, how.prompting))
+    plans = {policy.label: make_plan(policy, args.budget, headroom=headroom) for policy in policies}
+
+    def make_ask() -> Ask:
+        engine = EvictionEngine(
+            language_model.model,
+            plans,
+            longest_prompt=how.longest_prompt,
+            weights_bytes=language_model.weights_bytes,
+            temperature=how.temperature,
+        )
+        return generating(engine, language_model.tokenizer, how.prompting, args.seed)
+
+    return make_ask
+
+
+def _longest_question(
+    language_model: models.LanguageModel, sets: Sequence[TaskSet], prompting: Prompting
+) -> int:
     """Tokens of the longest question that is fed to a compressed cache; 0 if none is."""
-    if not benchmark.prompting.query_agnostic:
+    if not prompting.query_agnostic:
         return 0
     prompts = (
-        build_prompt(row, task.spec, language_model.tokenizer, benchmark.prompting)
-        for task in benchmark.sets
+        build_prompt(row, task.spec, language_model.tokenizer, prompting)
+        for task in sets
         for row in task.rows
     )
     return max(len(prompt.ids) - (prompt.context_tokens or 0) for prompt in prompts)

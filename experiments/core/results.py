@@ -28,7 +28,7 @@ from experiments.core.tasks import Row
 from experiments.core.uncertainty import Average, Scores, summarise
 
 # (row, its number, prediction) -> a line of a prediction file; "pred" must be the prediction.
-Record = Callable[[Row, int, str], dict[str, Any]]
+Record = Callable[[Row, int, Any], dict[str, Any]]
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
@@ -113,7 +113,7 @@ class ResultStore:
             stored = self._predictions(policy, set_name).load()
             for index, record in enumerate(stored):
                 if index >= len(rows) or (
-                    record != self._record(rows[index], index, str(record.get("pred")))
+                    record != self._record(rows[index], index, record.get("pred"))
                 ):
                     raise UserError(
                         f"{self._predictions(policy, set_name).path}, line {index + 1}: is not "
@@ -123,7 +123,7 @@ class ResultStore:
         return self._counts[key]
 
     def append(
-        self, policy: str, set_name: str, row: Row, prediction: str, timing: Mapping[str, Any]
+        self, policy: str, set_name: str, row: Row, prediction: Any, timing: Mapping[str, Any]
     ) -> None:
         """Stores the next answer of a policy; both lines are on disk when this returns.
 
@@ -145,17 +145,20 @@ class ResultStore:
         by_index = {row["index"]: row for row in self._timings(policy, set_name).load()}
         return [by_index[i] for i in range(self._counts[policy, set_name]) if i in by_index]
 
-    def write_result(self, scores: Scores, averages: Sequence[Average] = ()) -> dict[str, Any]:
+    def write_result(
+        self, scores: Scores, averages: Sequence[Average] = (), digits: int = 2
+    ) -> dict[str, Any]:
         """Writes `result.json` from the rows' scores, and each policy's own for official tools.
 
         Args:
             scores: policy -> set -> score of each row, 0 to 100.
             averages: means over sets that are wanted.
+            digits: decimals.
 
         Returns:
             See `uncertainty.summarise`.
         """
-        result = summarise(scores, averages)
+        result = summarise(scores, averages, digits)
         for policy, score in result["score"].items():
             write_atomic(self.folder / "pred" / policy / "result.json", dump_json(score))
         write_atomic(self.folder / "result.json", dump_json(result))

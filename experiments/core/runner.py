@@ -1,6 +1,7 @@
-"""The evaluation loop: rows to prompts, prompts to answers of every policy, answers to files.
+"""The evaluation loop: rows to what every policy makes of them, and that to files.
 
-The engine that runs the model is handed in, so this file knows nothing of JAX.
+What asks a row is handed in, so this file knows nothing of JAX. Most benchmarks generate an answer
+(`generating`); others measure something else of a row, such as the likelihood of its text.
 """
 
 from __future__ import annotations
@@ -8,43 +9,53 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from experiments.core.errors import UserError
 from experiments.core.progress import RunProgress
+from experiments.core.prompts import Prompting, Tokenizer, build_prompt
 from experiments.core.results import ResultStore
-from experiments.core.tasks import Row, SetSpec, TaskSet, fill_prompt
-from experiments.core.truncate import truncate_middle
+from experiments.core.tasks import Row, SetSpec, TaskSet
 
-ProtocolName = Literal["official", "released"]
-
-# (set, prediction, answers, classes) -> 0 to 100.
-Score = Callable[[SetSpec, str, Sequence[str], Sequence[str] | None], float]
+# (set, prediction, answers, classes) -> 0 to 100, unless the benchmark's title says otherwise.
+Score = Callable[[SetSpec, Any, Sequence[str], Sequence[str] | None], float]
 
 
-class Tokenizer(Protocol):
-    """What the loop asks of a tokenizer."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one policy's answer cost.
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `apply_chat` works."""
-        ...
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        new_tokens: tokens that followed it, generated or given.
+        prefill_s: seconds for the prompt; the shared prefill counts for every policy.
+        decode_s: seconds for the tokens that followed.
+        kept_slots: filled slots after the prefill, mean over layers and heads.
+        cache_bytes: bytes that the policy's cache occupies.
+    """
 
-    def encode(
-        self, text: str, *, add_bos: bool | None = None, parse_special: bool = True
-    ) -> list[int]:
-        """Text to ids; `add_bos=None` does what the model wants."""
-        ...
+    prompt_tokens: int
+    new_tokens: int
+    prefill_s: float
+    decode_s: float
+    kept_slots: float
+    cache_bytes: int
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Ids to text."""
-        ...
 
-    def apply_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
-    ) -> str:
-        """The chat template's text, including the special tokens that it writes."""
-        ...
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What is stored of one policy and row.
+
+    Attributes:
+        prediction: the answer's text, or whatever else was measured, as plain JSON values.
+        cost: what it cost.
+    """
+
+    prediction: Any
+    cost: Cost
+
+
+# (set, row, its number, policies) -> an outcome for each of the policies, whose order is no matter.
+Ask = Callable[[SetSpec, Row, int, Sequence[str]], Mapping[str, Outcome]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,108 +109,59 @@ class Engine(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prompting:
-    """How rows become prompts.
-
-    Attributes:
-        protocol: "official" truncates, then applies the chat template except for the sets that
-            are exempt, and stops at any of the model's end tokens. "released" is what the
-            published ReST-KV scripts do: no template but `[INST] .. [/INST]` for Llama-2 style
-            models, put around before truncation and for every set; only the end-of-sequence
-            token stops, and never as the first token.
-        max_length: longest prompt in tokens before the chat template; longer ones lose their
-            middle. None leaves prompts as they are.
-        eos_ids: the end-of-sequence token.
-        turn_end_ids: tokens that end a chat turn.
-        inst_style: the model is of the Llama-2 chat style; used by "released" only.
-        query_agnostic: contexts are compressed before the question is seen.
-    """
-
-    protocol: ProtocolName
-    max_length: int | None
-    eos_ids: tuple[int, ...]
-    turn_end_ids: tuple[int, ...] = ()
-    inst_style: bool = False
-    query_agnostic: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A prompt ready for the engine.
-
-    Attributes:
-        ids: its tokens, the same whether the question is set apart or not.
-        stop_ids: tokens that end the generation.
-        min_new_tokens: tokens to generate before they count.
-        context_tokens: how many first tokens would be the same without the question; None if
-            that is of no interest.
-    """
-
-    ids: list[int]
-    stop_ids: tuple[int, ...]
-    min_new_tokens: int
-    context_tokens: int | None = None
-
-
-def build_prompt(row: Row, spec: SetSpec, tokenizer: Tokenizer, prompting: Prompting) -> Prompt:
-    """Fills, truncates, wraps and tokenises a row's prompt.
-
-    Raises:
-        UserError: if nothing is left to ask, or truncation met the question that is to be set
-            apart.
-    """
-    text, question = fill_prompt(spec.prompt, row), fill_prompt(spec.question, row)
-    released = prompting.protocol == "released"
-    if released and prompting.inst_style:
-        text, question = f"[INST] {text} [/INST]", f"{question} [/INST]"
-    if prompting.max_length is not None:
-        text = truncate_middle(text, prompting.max_length, tokenizer.encode, tokenizer.decode)
-
-    def encode(text: str, prefix: str) -> list[int]:
-        if not released and spec.chat and tokenizer.has_chat_template:
-            # The template writes the beginning-of-sequence token itself where one is wanted.
-            chat = tokenizer.apply_chat([{"role": "user", "content": text}])
-            return tokenizer.encode(chat + prefix, add_bos=False)
-        return tokenizer.encode(f"{text}\n{prefix}" if prefix else text)
-
-    ids = encode(text, row.answer_prefix)
-    if not ids:
-        raise UserError(f"set {spec.name}: a row makes an empty prompt")
-    context_tokens = None
-    if prompting.query_agnostic:
-        if not text.endswith(question):
-            raise UserError(f"set {spec.name}: truncation cuts a question; it must stay whole")
-        # Tokens that are the same with and without a question say nothing of it.
-        context_tokens = _shared(ids, encode(text[: len(text) - len(question)], ""))
-        if not context_tokens:
-            raise UserError(f"set {spec.name}: a row's context and question share their tokens")
-    if released:
-        return Prompt(ids, prompting.eos_ids, 1, context_tokens)
-    stop_ids = {*prompting.eos_ids, *prompting.turn_end_ids}
-    if spec.stop_at_newline:
-        stop_ids.add(tokenizer.encode("\n", add_bos=False)[-1])
-    least = 1 if spec.stop_at_newline else 0
-    return Prompt(ids, tuple(sorted(stop_ids)), least, context_tokens)
-
-
 def row_seed(seed: int, set_name: str, index: int) -> int:
     """A seed of its own for each row, so that a resumed run samples what it would have."""
     return zlib.crc32(f"{seed}/{set_name}/{index}".encode())
+
+
+def generating(engine: Engine, tokenizer: Tokenizer, prompting: Prompting, seed: int) -> Ask:
+    """Asks rows by letting the model answer them, one prefill for all policies of a row.
+
+    Args:
+        engine: runs the model.
+        tokenizer: the model's.
+        prompting: how rows become prompts.
+        seed: base of the rows' seeds.
+    """
+
+    def ask(spec: SetSpec, row: Row, index: int, policies: Sequence[str]) -> dict[str, Outcome]:
+        prompt = build_prompt(row, spec, tokenizer, prompting)
+        answers = engine.answer(
+            prompt.ids,
+            policies=policies,
+            max_new_tokens=spec.max_new_tokens,
+            stop_ids=prompt.stop_ids,
+            seed=row_seed(seed, spec.name, index),
+            min_new_tokens=prompt.min_new_tokens,
+            context_tokens=prompt.context_tokens,
+        )
+        return {
+            policy: Outcome(
+                tokenizer.decode(answer.token_ids),
+                Cost(
+                    prompt_tokens=len(prompt.ids),
+                    new_tokens=len(answer.token_ids),
+                    prefill_s=answer.prefill_s,
+                    decode_s=answer.decode_s,
+                    kept_slots=answer.kept_slots,
+                    cache_bytes=answer.cache_bytes,
+                ),
+            )
+            for policy, answer in answers.items()
+        }
+
+    return ask
 
 
 def evaluate(
     sets: Sequence[TaskSet],
     policies: Sequence[str],
     *,
-    engine: Engine,
-    tokenizer: Tokenizer,
-    prompting: Prompting,
+    ask: Ask,
     store: ResultStore,
     progress: RunProgress,
-    seed: int,
 ) -> None:
-    """Answers every row that is not stored yet, one prefill for all policies of a row.
+    """Asks every row that is not stored yet, once for all policies.
 
     Every answer is on disk before the next row is begun, so a run can be stopped at any time and
     goes on at the next row.
@@ -207,12 +169,9 @@ def evaluate(
     Args:
         sets: the sets, in order.
         policies: labels of the policies.
-        engine: runs the model.
-        tokenizer: the model's.
-        prompting: how rows become prompts.
+        ask: asks one row.
         store: where answers go.
         progress: is told of each row.
-        seed: base of the rows' seeds.
 
     Raises:
         UserError: if an answer cannot be stored.
@@ -230,21 +189,11 @@ def evaluate(
         for index in range(first, len(task.rows)):
             # A kill between two policies of one row leaves only some of them to be asked.
             todo = [policy for policy in policies if counts[spec.name, policy] <= index]
-            prompt = build_prompt(task.rows[index], spec, tokenizer, prompting)
-            answers = engine.answer(
-                prompt.ids,
-                policies=todo,
-                max_new_tokens=spec.max_new_tokens,
-                stop_ids=prompt.stop_ids,
-                seed=row_seed(seed, spec.name, index),
-                min_new_tokens=prompt.min_new_tokens,
-                context_tokens=prompt.context_tokens,
-            )
+            row = task.rows[index]
+            found = ask(spec, row, index, todo)
             for policy in todo:
-                answer = answers[policy]
-                text = tokenizer.decode(answer.token_ids)
-                timing = _timing(answer, len(prompt.ids))
-                store.append(policy, spec.name, task.rows[index], text, timing)
+                cost = dataclasses.asdict(found[policy].cost)
+                store.append(policy, spec.name, row, found[policy].prediction, cost)
             progress.row_done()
         progress.end_set()
 
@@ -277,21 +226,4 @@ def score_run(
             for task in sets
         }
         for policy in policies
-    }
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first items two sequences have in common."""
-    different = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    return next(different, min(len(a), len(b)))
-
-
-def _timing(answer: Answer, prompt_tokens: int) -> dict[str, Any]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": len(answer.token_ids),
-        "prefill_s": answer.prefill_s,
-        "decode_s": answer.decode_s,
-        "kept_slots": answer.kept_slots,
-        "cache_bytes": answer.cache_bytes,
     }

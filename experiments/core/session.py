@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.core.progress import RunProgress
 from experiments.core.results import Record, ResultStore, prediction_row
-from experiments.core.runner import Engine, Prompting, Score, Tokenizer, evaluate, score_run
+from experiments.core.runner import Ask, Score, evaluate, score_run
 from experiments.core.storage import write_atomic
 from experiments.core.table import (
     TextTable,
@@ -20,7 +20,10 @@ from experiments.core.table import (
     score_table,
 )
 from experiments.core.tasks import TaskSet
-from experiments.core.uncertainty import Average
+from experiments.core.uncertainty import Average, Scores
+
+# What a benchmark adds to the results of a finished run: files in the folder, further tables.
+Finish = Callable[[ResultStore, Scores], Sequence[TextTable]]
 
 
 def describe_sets(sets: Sequence[TaskSet]) -> dict[str, Any]:
@@ -48,13 +51,12 @@ def run_session(
     title: str,
     sets: Sequence[TaskSet],
     policies: Sequence[str],
-    make_engine: Callable[[], Engine],
-    tokenizer: Tokenizer,
-    prompting: Prompting,
+    make_ask: Callable[[], Ask],
     score: Score,
-    seed: int,
     averages: Sequence[Average] = (),
+    digits: int = 2,
     record: Record = prediction_row,
+    finish: Finish | None = None,
     progress: RunProgress | None = None,
 ) -> list[TextTable]:
     """Runs, or goes on with, one evaluation.
@@ -66,19 +68,18 @@ def run_session(
         title: title of the score table.
         sets: the sets to ask.
         policies: labels of the policies.
-        make_engine: builds the engine; called after the folder was accepted, and only if a row
-            is left to ask.
-        tokenizer: the model's.
-        prompting: how rows become prompts.
+        make_ask: makes what asks the rows, its engine included; called after the folder was
+            accepted, and only if a row is left to ask.
         score: scores one prediction.
-        seed: base of the rows' seeds.
         averages: means over sets that the results hold.
+        digits: decimals of the scores.
         record: format of the prediction files.
+        finish: adds the benchmark's own files and tables at the end.
         progress: shows the progress; a default one if None.
 
     Returns:
-        Tables of scores, of differences between policies, and of costs. The folder's `table.md`
-        has them too, with the differences of each set where there are averages.
+        Tables of scores, of differences between policies, the benchmark's own, and of costs. The
+        folder's `table.md` has them too, with the differences of each set where there are averages.
 
     Raises:
         UserError: if the folder is in use, holds another configuration, or cannot be written.
@@ -104,23 +105,27 @@ def run_session(
             for policy in policies
         )
         # Nothing is written before the engine stands: it may refuse the model or the budget.
-        engine = None if complete else make_engine()
+        ask = None if complete else make_ask()
         finished = False
         write_meta(finished)
         try:
-            if engine is not None:
+            if ask is not None:
                 with progress or RunProgress() as shown:
                     evaluate(
                         sets,
                         policies,
-                        engine=engine,
-                        tokenizer=tokenizer,
-                        prompting=prompting,
+                        ask=ask,
                         store=store,
                         progress=shown,
-                        seed=seed,
                     )
-            tables = _report(folder, store, title, sets, policies, score, averages)
+            scores = score_run(sets, policies, store, score)
+            own = finish(store, scores) if finish is not None else ()
+            result = store.write_result(scores, averages, digits)
+            timings = {
+                policy: [row for task in sets for row in store.timings(policy, task.spec.name)]
+                for policy in policies
+            }
+            tables = _write_tables(folder, title, result, timings, digits, own)
             finished = True
         finally:
             # Also after Ctrl-C: the seconds of every session add up.
@@ -128,22 +133,20 @@ def run_session(
         return tables
 
 
-def _report(
+def _write_tables(
     folder: Path,
-    store: ResultStore,
     title: str,
-    sets: Sequence[TaskSet],
-    policies: Sequence[str],
-    score: Score,
-    averages: Sequence[Average],
+    result: Mapping[str, Any],
+    timings: Mapping[str, Sequence[Mapping[str, Any]]],
+    digits: int,
+    own: Sequence[TextTable],
 ) -> list[TextTable]:
-    result = store.write_result(score_run(sets, policies, store, score), averages)
-    timings = {
-        policy: [row for task in sets for row in store.timings(policy, task.spec.name)]
-        for policy in policies
-    }
-    scores, costs = score_table(title, result), cost_table(timings)
-    of_sets = [difference_table(result, "sets")] if len(policies) > 1 else []
-    of_averages = [difference_table(result, "averages")] if of_sets and averages else []
-    write_atomic(folder / "table.md", markdown([scores, *of_averages, *of_sets, costs]))
-    return [scores, *(of_averages or of_sets), costs]
+    scores, costs = score_table(title, result, digits), cost_table(timings)
+    of_sets, of_averages = (
+        [difference_table(result, of, digits)] if result["paired"] else []
+        for of in ("sets", "averages")
+    )
+    if not result["averages"]:
+        of_averages = []
+    write_atomic(folder / "table.md", markdown([scores, *own, *of_averages, *of_sets, costs]))
+    return [scores, *own, *(of_averages or of_sets), costs]

@@ -22,35 +22,47 @@ class TextTable:
     rows: tuple[tuple[str, ...], ...]
 
 
-def score_table(title: str, result: Mapping[str, Any]) -> TextTable:
+def score_table(title: str, result: Mapping[str, Any], digits: int = 2) -> TextTable:
     """Set x policy: score and standard error; then the averages.
 
     Args:
         title: what the scores are. Scores of the offline suite must not be called LongBench's.
         result: the content of `result.json`.
+        digits: decimals.
     """
     policies = list(result["score"])
     rows = []
     for name, n in result["n"][policies[0]].items():
         cells = [
-            _score(result["score"][p][name], result["standard_error"][p][name]) for p in policies
+            _score(result["score"][p][name], result["standard_error"][p][name], digits)
+            for p in policies
         ]
         rows.append((name, str(n), *cells))
     for name, average in result["averages"].items():
-        cells = [_score(average["score"][p], average["standard_error"][p]) for p in policies]
+        cells = [
+            _score(average["score"][p], average["standard_error"][p], digits) for p in policies
+        ]
         rows.append((name, "", *cells))
     return TextTable(title, ("set", "n", *policies), tuple(rows))
 
 
-def difference_table(result: Mapping[str, Any], of: Literal["sets", "averages"]) -> TextTable:
+def difference_table(
+    result: Mapping[str, Any], of: Literal["sets", "averages"], digits: int = 2
+) -> TextTable:
     """What each policy gains on each earlier one on the same rows, with the interval.
 
     Args:
         result: the content of `result.json`.
         of: differences of each set, or of the averages.
+        digits: decimals.
     """
     rows = [
-        (name, f"{pair['policy']} - {pair['against']}", str(entry["n"]), *_difference(entry))
+        (
+            name,
+            f"{pair['policy']} - {pair['against']}",
+            str(entry["n"]),
+            *_difference(entry, digits),
+        )
         for name in (result["paired"][0][of] if result["paired"] else ())
         for pair in result["paired"]
         for entry in (pair[of][name],)
@@ -132,10 +144,13 @@ def markdown(tables: Sequence[TextTable]) -> str:
     return "\n".join(lines)
 
 
-def _score(score: float, error: float | None) -> str:
-    return f"{score:.2f}" if error is None else f"{score:.2f} ± {error:.2f}"
+def _score(score: float, error: float | None, digits: int) -> str:
+    return f"{score:.{digits}f}" if error is None else f"{score:.{digits}f} ± {error:.{digits}f}"
 
 
-def _difference(entry: Mapping[str, Any]) -> tuple[str, str]:
-    interval = "-" if entry["low"] is None else f"{entry['low']:+.2f} to {entry['high']:+.2f}"
-    return f"{entry['difference']:+.2f}", interval
+def _difference(entry: Mapping[str, Any], digits: int) -> tuple[str, str]:
+    value, low, high = (
+        "-" if entry[key] is None else f"{entry[key]:+.{digits}f}"
+        for key in ("difference", "low", "high")
+    )
+    return value, "-" if low == "-" else f"{low} to {high}"

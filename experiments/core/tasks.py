@@ -19,7 +19,8 @@ class Row:
     Attributes:
         input: the question, possibly empty when the set's prompt says it all.
         context: the long text.
-        answers: the expected answers, at least one; the set's metric says what they count.
+        answers: the expected answers, none where nothing is asked; the set's metric says what
+            they count.
         length: size of the row as its source counts it: words in LongBench, tokens in RULER.
         all_classes: the labels of a classification set, else None.
         row_id: the source's identifier, or None.

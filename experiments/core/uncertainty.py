@@ -35,26 +35,27 @@ class Average:
     sets: tuple[str, ...]
 
 
-def summarise(scores: Scores, averages: Sequence[Average] = ()) -> dict[str, Any]:
+def summarise(scores: Scores, averages: Sequence[Average] = (), digits: int = 2) -> dict[str, Any]:
     """All that `result.json` says of the scores.
 
     Args:
         scores: the rows' scores.
         averages: means over sets that are wanted.
+        digits: decimals of what is returned.
 
     Returns:
         "score", "standard_error" and "n": policy -> set -> number; "averages": name -> its sets,
         and policy -> number for score and standard error; "paired": for each two policies, the
         later one minus the earlier one, by set and by average (see `paired_differences`). Scores
-        have two decimals; a standard error is null where a set has one row.
+        have `digits` decimals; a standard error is null where a set has one row.
     """
     return {
         "score": {
-            policy: {name: round(statistics.fmean(rows), 2) for name, rows in sets.items()}
+            policy: {name: round(statistics.fmean(rows), digits) for name, rows in sets.items()}
             for policy, sets in scores.items()
         },
         "standard_error": {
-            policy: {name: _rounded(standard_error(rows)) for name, rows in sets.items()}
+            policy: {name: _rounded(standard_error(rows), digits) for name, rows in sets.items()}
             for policy, sets in scores.items()
         },
         "n": {
@@ -66,18 +67,19 @@ def summarise(scores: Scores, averages: Sequence[Average] = ()) -> dict[str, Any
                 "sets": list(average.sets),
                 "score": {
                     policy: round(
-                        statistics.fmean(statistics.fmean(sets[name]) for name in average.sets), 2
+                        statistics.fmean(statistics.fmean(sets[name]) for name in average.sets),
+                        digits,
                     )
                     for policy, sets in scores.items()
                 },
                 "standard_error": {
-                    policy: _rounded(_average_error([sets[name] for name in average.sets]))
+                    policy: _rounded(_average_error([sets[name] for name in average.sets]), digits)
                     for policy, sets in scores.items()
                 },
             }
             for average in averages
         },
-        "paired": paired_differences(scores, averages),
+        "paired": paired_differences(scores, averages, digits),
     }
 
 
@@ -88,7 +90,9 @@ def standard_error(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
-def paired_differences(scores: Scores, averages: Sequence[Average] = ()) -> list[dict[str, Any]]:
+def paired_differences(
+    scores: Scores, averages: Sequence[Average] = (), digits: int = 2
+) -> list[dict[str, Any]]:
     """Differences between policies on the same rows.
 
     The interval is the percentile bootstrap's, at 95 %: rows are drawn with replacement, the same
@@ -99,6 +103,7 @@ def paired_differences(scores: Scores, averages: Sequence[Average] = ()) -> list
     Args:
         scores: the rows' scores.
         averages: means over sets that are wanted.
+        digits: decimals of what is returned.
 
     Returns:
         For each two policies in their order: "policy" (the later one), "against", and "sets" and
@@ -130,6 +135,7 @@ def paired_differences(scores: Scores, averages: Sequence[Average] = ()) -> list
                     [scores[policy][name] for name in names],
                     [scores[against][name] for name in names],
                     np.mean([drawn[name][j] - drawn[name][i] for name in names], axis=0),
+                    digits,
                 )
                 for label, names in groups.items()
             }
@@ -138,7 +144,10 @@ def paired_differences(scores: Scores, averages: Sequence[Average] = ()) -> list
 
 
 def _difference(
-    later: Sequence[Sequence[float]], earlier: Sequence[Sequence[float]], drawn: np.ndarray
+    later: Sequence[Sequence[float]],
+    earlier: Sequence[Sequence[float]],
+    drawn: np.ndarray,
+    digits: int,
 ) -> dict[str, Any]:
     """The difference of two policies' means over sets, and where the drawn ones [R] lie."""
     exact = [statistics.fmean(a) - statistics.fmean(b) for a, b in zip(later, earlier, strict=True)]
@@ -146,9 +155,9 @@ def _difference(
     enough = min(counts) >= FEWEST_ROWS
     low, high = np.quantile(drawn, _QUANTILES) if enough else (None, None)
     return {
-        "difference": _rounded(statistics.fmean(exact)),
-        "low": _rounded(low),
-        "high": _rounded(high),
+        "difference": _rounded(statistics.fmean(exact), digits),
+        "low": _rounded(low, digits),
+        "high": _rounded(high, digits),
         "n": sum(counts),
     }
 
@@ -168,6 +177,6 @@ def _average_error(sets: Sequence[Sequence[float]]) -> float | None:
     return math.hypot(*(error for error in errors if error is not None)) / len(errors)
 
 
-def _rounded(value: float | None) -> float | None:
+def _rounded(value: float | None, digits: int) -> float | None:
     # Adding 0 makes a negative zero positive.
-    return None if value is None else round(float(value), 2) + 0.0
+    return None if value is None else round(float(value), digits) + 0.0

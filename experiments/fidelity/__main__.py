@@ -18,8 +18,8 @@ from experiments.core.plans import describe_plan, make_plan
 from experiments.core.plots import require_matplotlib
 from experiments.core.program import load_model, read_policies
 from experiments.core.progress import RunProgress
+from experiments.core.prompts import Prompting, build_prompt
 from experiments.core.results import ResultStore, folder_name
-from experiments.core.runner import Prompting, build_prompt
 from experiments.core.session import describe_sets
 from experiments.core.storage import RowFile
 from experiments.core.table import print_tables

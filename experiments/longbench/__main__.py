@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from experiments.core.errors import run_main
 from experiments.core.program import (
     Benchmark,
+    Generation,
     announce,
     load_model,
     read_policies,
     run_benchmark,
 )
 from experiments.core.uncertainty import Average
+from experiments.longbench.buckets import write_buckets
 from experiments.longbench.cli import (
     TEMPLATE_ROOM,
     build_parser,
@@ -49,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         title=title,
         sets=sets,
         averages=[Average("mean of sets", names)] if len(names) > 1 else [],
-        prompting=prompting,
-        longest_prompt=max_length + TEMPLATE_ROOM,
+        how=Generation(prompting=prompting, longest_prompt=max_length + TEMPLATE_ROOM),
         score=score_prediction,
+        finish=lambda store, scores: write_buckets(store, scores, sets) if args.longbench_e else (),
         settings={
             "data": args.data if args.data in ("offline", "hub") else "folder",
             "prompts": args.prompts,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.core.errors import UserError
-from experiments.core.options import Parser, add_common_options, count_of
-from experiments.core.runner import Prompting
+from experiments.core.options import Parser, add_common_options, count_of, parse_names
+from experiments.core.prompts import Prompting
 from experiments.core.tasks import SetSpec, TaskSet
 from experiments.longbench.data import load_folder, load_hub
 from experiments.longbench.offline import OFFLINE_SETS, build_suite
@@ -64,6 +64,11 @@ def add_set_options(parser: argparse.ArgumentParser) -> None:
         "--sets",
         metavar="A,B",
         help="sets to ask, separated by commas (default: all that the data holds)",
+    )
+    group.add_argument(
+        "--longbench-e",
+        action="store_true",
+        help="rows of LongBench-E (SET_e.jsonl), even in length, and their scores by length",
     )
     group.add_argument(
         "--max-length",
@@ -123,13 +128,7 @@ def choose_specs(text: str | None, known: dict[str, SetSpec]) -> list[SetSpec]:
     """
     if text is None:
         return list(known.values())
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise UserError(f"--sets: unknown set {name!r}; known are {', '.join(known)}")
-        if names.count(name) > 1:
-            raise UserError(f"--sets: {name} is given twice")
-    return [known[name] for name in names]
+    return [known[name] for name in parse_names("--sets", text, list(known))]
 
 
 def load_sets(
@@ -150,6 +149,8 @@ def load_sets(
     if args.data == "offline":
         if args.prompts == "official":
             raise UserError("--prompts official: the offline suite has no official prompts")
+        if args.longbench_e:
+            raise UserError("--longbench-e: the offline suite is not LongBench")
         specs = choose_specs(args.sets, OFFLINE_SETS)
         sets = build_suite(
             specs,
@@ -161,11 +162,20 @@ def load_sets(
         return sets, "offline suite (not LongBench), score 0-100"
     specs = _with_prompts(choose_specs(args.sets, LONGBENCH_SETS), args.prompts)
     if args.data == "hub":
-        sets = load_hub(specs, limit=args.limit)
+        sets = load_hub(
+            specs, limit=args.limit, explicit=args.sets is not None, even=args.longbench_e
+        )
     else:
-        sets = load_folder(Path(args.data), specs, limit=args.limit, explicit=args.sets is not None)
+        sets = load_folder(
+            Path(args.data),
+            specs,
+            limit=args.limit,
+            explicit=args.sets is not None,
+            even=args.longbench_e,
+        )
     wording = "official wordings" if args.prompts == "official" else "own wordings"
-    return sets, f"LongBench ({args.protocol} protocol, {wording}), score 0-100"
+    name = "LongBench-E" if args.longbench_e else "LongBench"
+    return sets, f"{name} ({args.protocol} protocol, {wording}), score 0-100"
 
 
 def _with_prompts(specs: Sequence[SetSpec], prompts: str) -> list[SetSpec]:

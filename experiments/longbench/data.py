@@ -20,10 +20,11 @@ HUB_FILE = "data.zip"
 _SUFFIXES = (".jsonl", ".sample.jsonl", ".short.jsonl", "_e.jsonl")
 
 
-def find_file(folder: Path, name: str) -> Path | None:
-    """The file that serves a set (see the module's rule), or None."""
+def find_file(folder: Path, name: str, *, even: bool = False) -> Path | None:
+    """The file that serves a set (see the module's rule), or None; `even` asks for LongBench-E."""
+    suffixes = _SUFFIXES[-1:] if even else _SUFFIXES
     candidates = (
-        folder / f"{name}{suffix}{zipped}" for suffix in _SUFFIXES for zipped in ("", ".gz")
+        folder / f"{name}{suffix}{zipped}" for suffix in suffixes for zipped in ("", ".gz")
     )
     return next((path for path in candidates if path.is_file()), None)
 
@@ -83,7 +84,12 @@ def parse_rows(text: bytes, spec: SetSpec, where: str) -> tuple[Row, ...]:
 
 
 def load_folder(
-    folder: Path, specs: Sequence[SetSpec], *, limit: int | None = None, explicit: bool = False
+    folder: Path,
+    specs: Sequence[SetSpec],
+    *,
+    limit: int | None = None,
+    explicit: bool = False,
+    even: bool = False,
 ) -> list[TaskSet]:
     """Loads sets from a folder of official files.
 
@@ -93,6 +99,7 @@ def load_folder(
         limit: first rows of each set to keep; all rows are checked nevertheless.
         explicit: True when the user named the sets: one without a file is then an error, else it
             is left out.
+        even: files of LongBench-E only.
 
     Raises:
         UserError: for a missing folder or file, an unreadable file, a broken line.
@@ -101,10 +108,11 @@ def load_folder(
         raise UserError(f"--data {folder}: no such folder")
     loaded = []
     for spec in specs:
-        path = find_file(folder, spec.name)
+        path = find_file(folder, spec.name, even=even)
         if path is None:
             if explicit:
-                raise UserError(f"--data {folder}: no file for set {spec.name} ({spec.name}.jsonl)")
+                file = f"{spec.name}{'_e' if even else ''}.jsonl"
+                raise UserError(f"--data {folder}: no file for set {spec.name} ({file})")
             continue
         rows = parse_rows(read_bytes(path), spec, str(path))
         loaded.append(TaskSet(spec=spec, rows=rows[:limit], source=path.name))
@@ -113,8 +121,21 @@ def load_folder(
     return loaded
 
 
-def load_hub(specs: Sequence[SetSpec], *, limit: int | None = None) -> list[TaskSet]:
+def load_hub(
+    specs: Sequence[SetSpec],
+    *,
+    limit: int | None = None,
+    explicit: bool = True,
+    even: bool = False,
+) -> list[TaskSet]:
     """Loads sets from the hub's data set, downloaded once into the hub's own cache.
+
+    Args:
+        specs: the sets wanted, in order.
+        limit: see `load_folder`.
+        explicit: True when the user named the sets. Three sets are not in LongBench-E, and are left
+            out unless they are named.
+        even: LongBench-E.
 
     Raises:
         UserError: if it cannot be downloaded, or lacks a set.
@@ -129,7 +150,9 @@ def load_hub(specs: Sequence[SetSpec], *, limit: int | None = None) -> list[Task
         with zipfile.ZipFile(archive_path) as archive:
             names = {Path(name).name: name for name in archive.namelist()}
             for spec in specs:
-                file = f"{spec.name}.jsonl"
+                file = f"{spec.name}{'_e' if even else ''}.jsonl"
+                if file not in names and even and not explicit:
+                    continue
                 if file not in names:
                     raise UserError(f"--data hub: {HUB_FILE} holds no {file}")
                 rows = parse_rows(archive.read(names[file]), spec, f"{HUB_FILE}/{file}")

@@ -6,19 +6,23 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.core.errors import UserError, run_main
+from experiments.core.errors import run_main
 from experiments.core.program import (
     Benchmark,
+    Generation,
     announce,
+    check_length,
+    generated_prompts,
     load_model,
     read_policies,
     run_benchmark,
 )
-from experiments.core.runner import Prompting, build_prompt
+from experiments.core.prompts import build_prompt
 from experiments.core.tasks import Row, SetSpec
 from experiments.ruler.cli import build_parser
 from experiments.ruler.scoring import score_prediction
 from experiments.ruler.sources import Sources
+from experiments.ruler.summary import write_summaries
 from experiments.ruler.tasks import TASKS, averages_of, build_sets
 
 
@@ -32,17 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     policies = read_policies(args)  # cheap complaints first: before anything is downloaded
     sources = Sources(args.data)
     language_model = load_model(args)
-    longest, context = max(args.lengths), language_model.config.max_length
-    if context is not None and longest > context:
-        raise UserError(f"--lengths {longest}: the model holds {context} tokens")
+    longest = max(args.lengths)
+    check_length("--lengths", longest, language_model)
     tokenizer = language_model.tokenizer
-    prompting = Prompting(
-        protocol="official",
-        max_length=None,  # prompts are made to measure
-        eos_ids=language_model.eos_ids,
-        turn_end_ids=language_model.turn_end_ids,
-        query_agnostic=args.query_agnostic,
-    )
+    prompting = generated_prompts(language_model, query_agnostic=args.query_agnostic)
 
     def count(spec: SetSpec, row: Row) -> int:
         return len(build_prompt(row, spec, tokenizer, prompting).ids)
@@ -64,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         title=f"RULER's tasks (own wordings, {mode}), score 0-100",
         sets=sets,
         averages=averages_of(sets),
-        prompting=prompting,
-        longest_prompt=longest,
+        how=Generation(prompting=prompting, longest_prompt=longest),
         score=score_prediction,
         record=prediction_row,
+        finish=lambda store, scores: write_summaries(store, scores, sets),
         settings={"template": args.template, "query_agnostic": args.query_agnostic},
     )
     return run_benchmark(args, language_model, policies, benchmark)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import re
 
-from experiments.core.errors import UserError
-from experiments.core.options import Parser, add_common_options, count_of
+from experiments.core.options import (
+    Parser,
+    add_common_options,
+    add_generated_options,
+    parse_names,
+)
 from experiments.ruler.tasks import TASKS
-
-_LEAST_LENGTH = 256
 
 _EPILOG = """\
 examples:
@@ -55,34 +56,7 @@ def build_parser() -> Parser:
         help=f"tasks, separated by commas, of {', '.join(TASKS)} (default: all whose texts can "
         "be had)",
     )
-    group.add_argument(
-        "--lengths",
-        metavar="T,T",
-        type=parse_lengths,
-        default=(1024,),
-        help="tokens of prompt and generation together, separated by commas; 4k is 4096 "
-        "(default: 1024)",
-    )
-    group.add_argument(
-        "--rows",
-        metavar="N",
-        type=count_of("--rows", 1),
-        default=5,
-        help="rows in each set (default: 5)",
-    )
-    group.add_argument(
-        "--query-agnostic",
-        action="store_true",
-        help="compress the context before the question is seen, then feed the question (default: "
-        "the question is in the prompt that is compressed)",
-    )
-    group.add_argument(
-        "--template",
-        choices=("chat", "none"),
-        default="chat",
-        help="chat: the model's chat template, where it has one; none: the bare prompt "
-        "(default: chat)",
-    )
+    add_generated_options(group, rows=5)
     return parser
 
 
@@ -92,30 +66,4 @@ def parse_tasks(text: str) -> tuple[str, ...]:
     Raises:
         UserError: naming an unknown task, or one given twice.
     """
-    names = tuple(name.strip() for name in text.split(","))
-    for name in names:
-        if name not in TASKS:
-            raise UserError(f"--tasks: unknown task {name!r}; known are {', '.join(TASKS)}")
-        if names.count(name) > 1:
-            raise UserError(f"--tasks: {name} is given twice")
-    return names
-
-
-def parse_lengths(text: str) -> tuple[int, ...]:
-    """Reads lengths in tokens, "4096" or "4k".
-
-    Raises:
-        UserError: for anything else, a length below 256, or one given twice.
-    """
-    lengths = []
-    for part in text.lower().split(","):
-        match = re.fullmatch(r"\s*(\d+)(k?)\s*", part, re.ASCII)
-        length = int(match[1]) * (1024 if match[2] else 1) if match else 0
-        if length < _LEAST_LENGTH:
-            raise UserError(
-                f"--lengths {text}: expected lengths from {_LEAST_LENGTH} on, such as 4096 or 4k"
-            )
-        if length in lengths:
-            raise UserError(f"--lengths {text}: {length} is given twice")
-        lengths.append(length)
-    return tuple(lengths)
+    return parse_names("--tasks", text, list(TASKS))

@@ -13,8 +13,9 @@ import pytest
 import models
 from experiments.core import engine as engines
 from experiments.core.errors import UserError, run_main
+from experiments.core.options import parse_lengths
 from experiments.ruler.__main__ import main
-from experiments.ruler.cli import build_parser, parse_lengths, parse_tasks
+from experiments.ruler.cli import build_parser, parse_tasks
 from tests.experiments.ruler_data import write_folder
 
 MODEL = str(Path(__file__).parents[1] / "fixtures/hf_tiny/qwen3_qknorm")
@@ -61,6 +62,19 @@ def test_predictions_are_in_the_official_layout_and_format(whole):
                 others = row["others"]
                 assert others.keys() == {"task", "length", "seed", "depths"}
                 assert f"{others['length']}/{others['task']}" == name
+
+
+def test_summaries_are_as_the_official_scorer_writes_them(whole):
+    result = json.loads((whole / "result.json").read_text())
+    for policy in POLICIES:
+        lines = (whole / f"pred/{policy}/1024/summary.csv").read_text().splitlines()
+        rows = [line.split(",") for line in lines]
+        assert rows[0] == ["0", "1", "2", "3"]
+        assert rows[1] == ["Tasks", "vt", "fwe", "qa_1"]
+        scores = [float(cell) for cell in rows[2][1:]]
+        assert scores == [result["score"][policy][name] for name in SETS]
+        assert rows[3][0] == "Nulls"
+        assert all(cell.endswith("/2") for cell in rows[3][1:])
 
 
 def test_prompts_are_as_long_as_asked_by_the_models_own_tokenizer(whole):

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from experiments.core.errors import UserError
-from experiments.core.runner import Prompting, build_prompt
+from experiments.core.prompts import Prompting, build_prompt
 from experiments.ruler.draws import depths_of, join_names, spread
 from experiments.ruler.scoring import score_prediction
 from experiments.ruler.sources import Sources

@@ -9,8 +9,9 @@ import pytest
 
 from experiments.core.errors import UserError
 from experiments.core.progress import RunProgress
+from experiments.core.prompts import Prompting, build_prompt
 from experiments.core.results import ResultStore
-from experiments.core.runner import Prompting, build_prompt, evaluate, row_seed
+from experiments.core.runner import evaluate, generating, row_seed
 from experiments.core.session import describe_sets, run_session
 from experiments.core.storage import RowFile
 from experiments.core.tasks import Row, SetSpec, TaskSet
@@ -193,11 +194,8 @@ def session(folder, engine, sets=SETS, changes=None):
         title="a title",
         sets=sets,
         policies=POLICIES,
-        make_engine=make_engine,
-        tokenizer=CharTokenizer(),
-        prompting=OFFICIAL,
+        make_ask=lambda: generating(make_engine(), CharTokenizer(), OFFICIAL, 3),
         score=score_prediction,
-        seed=3,
         progress=RunProgress(io.StringIO()),
     )
     return tables, len(made)
@@ -293,11 +291,8 @@ def test_an_engine_that_refuses_leaves_nothing_behind(tmp_path):
             title="",
             sets=SETS,
             policies=POLICIES,
-            make_engine=refuse,
-            tokenizer=CharTokenizer(),
-            prompting=OFFICIAL,
+            make_ask=refuse,
             score=score_prediction,
-            seed=0,
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -323,18 +318,19 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_later(tmp_path, monkeypatch):
 def test_progress_lines_where_there_is_no_terminal(tmp_path):
     stream = io.StringIO()
     config = {"x": 1}
-    options = {
-        "tokenizer": CharTokenizer(),
-        "prompting": OFFICIAL,
-        "progress": RunProgress(stream),
-        "seed": 0,
-    }
+    progress = RunProgress(stream)
+
+    def asked_by(engine):
+        return generating(engine, CharTokenizer(), OFFICIAL, 0)
+
     with ResultStore.open(tmp_path, config) as store:
         store.write_meta({})
         with contextlib.suppress(KeyboardInterrupt):
-            evaluate(SETS[:1], POLICIES, engine=FakeEngine(2), store=store, **options)
+            evaluate(
+                SETS[:1], POLICIES, ask=asked_by(FakeEngine(2)), store=store, progress=progress
+            )
     with ResultStore.open(tmp_path, config) as store:
-        evaluate(SETS, POLICIES, engine=FakeEngine(), store=store, **options)
+        evaluate(SETS, POLICIES, ask=asked_by(FakeEngine()), store=store, progress=progress)
     lines = stream.getvalue().splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("chat: 3 rows in ")

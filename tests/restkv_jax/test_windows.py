@@ -102,6 +102,17 @@ def test_a_row_that_is_done_keeps_its_ring(model):
     np.testing.assert_array_equal(cache.next_position, [20, 5 + W])
 
 
+def test_a_window_is_whole_where_any_number_of_tokens_may_follow():
+    # With eviction while decoding, neither prompt nor headroom bounds what a window will see.
+    model = tiny.with_windows(tiny.make(), (20, 20))
+    plan = CachePlan(policy=SnapKV(window=4), budget=8, headroom=0, decode_budget=8)
+    found = generate(model, [prompt_of(3)], plan=plan, max_new_tokens=40)
+    full = CachePlan(policy=Full(), headroom=40)
+    expected = generate(model, [prompt_of(3)], plan=full, max_new_tokens=40)
+    assert found.rows() == expected.rows()
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("window", "columns", "headroom", "slots"),
     [(7, 64, 16, 7), (70, 64, 16, 70), (100, 64, 16, 80), (80, 64, 16, 80), (7, 4, 2, 6)],

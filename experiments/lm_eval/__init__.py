@@ -1,0 +1,1 @@
+"""Models with evicted caches, as a model class of the lm-evaluation-harness."""

@@ -1,0 +1,216 @@
+"""HumanEval: the process that programs run in, pass@k, problems behind a context, a whole run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+import statistics
+from pathlib import Path
+
+import pytest
+
+from experiments.core.errors import UserError, run_main
+from experiments.core.files import parse_jsonl
+from experiments.core.prompts import Prompting, build_prompt
+from experiments.humaneval import scoring
+from experiments.humaneval.__main__ import main, pass_table
+from experiments.humaneval.problems import SMALL, build_sets, parse_problem, read_problems
+from experiments.humaneval.sandbox import run_program
+from experiments.humaneval.scoring import (
+    cut_completion,
+    executed_score,
+    parsed_score,
+    pass_at_k,
+    program_of,
+)
+from tests.experiments.fakes import EOS, CharTokenizer
+
+MODEL = str(Path(__file__).parents[1] / "fixtures/hf_tiny/qwen3_qknorm")
+BODIES = {
+    "small/add_one": "    return number + 1",
+    "small/is_even": "    return number % 2 == 0",
+    "small/last_item": "    return items[-1]",
+    "small/total": "    return sum(numbers)",
+    "small/backwards": "    return text[::-1]",
+    "small/count_a": "    return text.count('a')",
+}
+
+
+@pytest.mark.parametrize(
+    ("program", "outcome"),
+    [
+        ("import math\nassert math.sqrt(4) == 2", "passed"),
+        ("open('here.txt', 'w').write('x')\nassert open('here.txt').read() == 'x'", "passed"),
+        ("assert False", "failed"),
+        ("syntax error", "failed"),
+        ("raise SystemExit(0)", "failed"),
+        ("import os\nos._exit(0)", "failed"),
+        ("print('passed' * 99)\nraise ValueError", "failed"),
+        ("import time\ntime.sleep(30)", "timeout"),
+        ("while True: pass", "timeout"),
+        ("x = bytearray(10 ** 10)", "failed"),
+        ("open('big', 'wb').write(bytes(10 ** 8))", "failed"),
+        ("import subprocess\nsubprocess.run(['true'])", "failed"),
+        ("import os\nos.system('true')", "failed"),
+        ("import os\nos.fork()", "failed"),
+        ("import os\nos.kill(os.getppid(), 0)", "failed"),
+    ],
+)
+def test_what_a_program_may_do(program, outcome):
+    assert run_program(program, seconds=1 if outcome == "timeout" else 5) == outcome
+
+
+def test_files_elsewhere_stay_as_they_are(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("mine")
+    for program in (
+        f"open({str(file)!r}, 'w')",
+        f"import os\nos.remove({str(file)!r})",
+        f"import os\nos.rename({str(file)!r}, 'here')",
+        f"import shutil\nshutil.rmtree({str(tmp_path)!r})",
+        f"import pathlib\npathlib.Path({str(tmp_path / 'new')!r}).mkdir()",
+    ):
+        assert run_program(program) == "failed"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert file.read_text() == "mine"
+
+
+def test_there_is_no_network():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)"
+        assert run_program(program) == "failed"
+
+
+def test_the_environment_is_empty(monkeypatch):
+    monkeypatch.setenv("A_SECRET", "x")
+    assert run_program("import os\nassert 'A_SECRET' not in os.environ") == "passed"
+
+
+def test_pass_at_k_by_hand():
+    assert pass_at_k(1, 1, 1) == 1.0
+    assert pass_at_k(4, 1, 1) == pytest.approx(1 / 4)
+    assert pass_at_k(4, 1, 2) == pytest.approx(1 / 2)
+    assert pass_at_k(5, 2, 3) == pytest.approx(1 - 1 / 10)
+    assert pass_at_k(5, 3, 3) == 1.0
+    assert pass_at_k(5, 0, 5) == 0.0
+    for n, c, k in ((6, 2, 2), (7, 3, 4)):
+        chosen = itertools.combinations([True] * c + [False] * (n - c), k)
+        assert pass_at_k(n, c, k) == pytest.approx(statistics.fmean(any(x) for x in chosen))
+    for n, c, k in ((3, 1, 4), (3, 4, 1), (3, 1, 0)):
+        with pytest.raises(ValueError, match="expected 1 to 3"):
+            pass_at_k(n, c, k)
+
+
+def test_a_table_groups_the_samples_of_a_problem():
+    sets = small_sets(samples=2)
+    scores = {"full": {"600": [100.0, 0.0, 0.0, 0.0, 100.0, 100.0, *[0.0] * 6]}}
+    table = pass_table(scores, sets, 2, (1, 2))
+    # pass@1: (1/2 + 0 + 1) / 6, pass@2: (1 + 0 + 1) / 6.
+    assert table.rows == (("600 pass@1", "25.00"), ("600 pass@2", "33.33"))
+
+
+def test_completions_end_before_the_next_statement():
+    assert cut_completion("    return 1\n\ndef other():\n") == "    return 1\n"
+    assert (
+        cut_completion("    # a comment\n    return 1\nprint(1)") == "    # a comment\n    return 1"
+    )
+    assert cut_completion("    if x:\n        return 1") == "    if x:\n        return 1"
+
+
+def count(spec, row):
+    prompting = Prompting(protocol="official", max_length=None, eos_ids=(EOS,))
+    return len(build_prompt(row, spec, CharTokenizer(), prompting).ids)
+
+
+def small_sets(samples=1, lengths=(600,), seed=0):
+    return build_sets(
+        SMALL, lengths=lengths, samples=samples, max_new_tokens=50, seed=seed, count=count
+    )
+
+
+def test_problems_stand_whole_behind_whole_lines():
+    for task in small_sets(samples=2, lengths=(600, 2000)):
+        assert len(task.rows) == 2 * len(SMALL)
+        assert task.rows[0] == task.rows[1]
+        for row in task.rows:
+            assert int(task.spec.name) - 120 < row.length <= int(task.spec.name)
+            assert row.length == count(task.spec, row) + 50
+            ids = build_prompt(
+                row,
+                task.spec,
+                CharTokenizer(),
+                Prompting(protocol="official", max_length=None, eos_ids=(EOS,)),
+            ).ids
+            assert CharTokenizer().decode(ids).endswith("\n\n\n" + row.answers[0])
+    assert small_sets()[0].checksum == small_sets()[0].checksum
+    assert small_sets()[0].checksum != small_sets(seed=1)[0].checksum
+
+
+def test_right_completions_score_100_and_wrong_ones_0():
+    (task,) = small_sets()
+    for row in task.rows:
+        right = BODIES[row.row_id] + "\n\nprint('and on"
+        assert executed_score(task.spec, right, row.answers, None) == 100
+        assert executed_score(task.spec, "    return None", row.answers, None) == 0
+        assert parsed_score(task.spec, right, row.answers, None) == 100
+        assert parsed_score(task.spec, "    return (", row.answers, None) == 0
+        compile(program_of(right, row.answers), "x", "exec")
+
+
+def test_problems_from_a_file(tmp_path):
+    good = {"task_id": "t", "prompt": "def f():\n", "test": "def check(c): c()", "entry_point": "f"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(good) + "\n")
+    (problem,) = read_problems(str(tmp_path / "p.jsonl"))
+    assert problem.entry_point == "f"
+    for changes in ({"test": ""}, {"prompt": 3}, {"entry_point": "f()"}):
+        (field,) = changes
+        with pytest.raises(UserError, match=f"line 1: field '{field}'"):
+            parse_jsonl(json.dumps({**good, **changes}).encode(), parse_problem, "x")
+    with pytest.raises(UserError, match="no such file"):
+        read_problems(str(tmp_path / "q.jsonl"))
+
+
+def run(out, *extra):
+    arguments = ["--model", MODEL, "--out", str(out), "--budget", "48", "--policy", "full"]
+    arguments += ["--lengths", "256", "--max-new-tokens", "8", "--limit", "2"]
+    return run_main(lambda: main([*arguments, *extra]))
+
+
+def test_nothing_is_run_unless_it_is_allowed(tmp_path, capsys, monkeypatch):
+    ran = []
+    monkeypatch.setattr(scoring, "run_program", lambda program: ran.append(program) or "passed")
+    sampling = ["--samples", "2", "--temperature", "1", "--k", "1,2"]
+    assert run(tmp_path / "run", *sampling) == 0
+    printed = capsys.readouterr().out
+    assert "nothing is executed" in printed
+    assert "completions that are Python" in printed
+    assert ran == []
+    lines = (tmp_path / "run/pred/full/256.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["task_id"] for row in rows] == ["small/add_one"] * 2 + ["small/is_even"] * 2
+    assert rows[0]["pred"] != rows[1]["pred"]  # seeds of their own
+    # With leave, the same completions are run.
+    assert run(tmp_path / "run", *sampling, "--allow-code-execution") == 0
+    printed = capsys.readouterr().out
+    assert "EXECUTES" in printed
+    assert "256 pass@2" in printed
+    assert len(ran) == 4
+
+
+@pytest.mark.parametrize(
+    ("extra", "culprit"),
+    [
+        (["--k", "2"], "--k 2"),
+        (["--samples", "2"], "give --temperature"),
+        (["--temperature", "-1"], "--temperature -1"),
+        (["--data", "/no/such"], "/no/such"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, extra, culprit):
+    assert run(tmp_path / "run", *extra) == 2
+    error = capsys.readouterr().err
+    assert culprit in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
