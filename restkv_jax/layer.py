@@ -211,6 +211,37 @@ class LayerInputs:
             log_sums=log_sums,
         )
 
+    def of_window_weights(
+        self, window: int, reduce: Callable[[Float[Array, "B G W S"]], Float[Array, "B G"]]
+    ) -> Float[Array, "B N"]:
+        """`reduce` of the window's weights, by query head.
+
+        On CPU other scores share the weights. Elsewhere kernels make those scores without them,
+        and one key head's G query heads at a time are weighed for this alone.
+        """
+
+        def shared(weights: Array, *_: Array) -> Array:
+            return reduce(weights)
+
+        def in_turn(_: Array, q: Array, k: Array, queries: Array, positions: Array) -> Array:
+            batch, kv_heads = k.shape[:2]
+            seen = window_visible(queries, positions, self.spec.window)
+            seen = jnp.broadcast_to(seen, (batch, kv_heads, *seen.shape[2:]))
+            groups = q.reshape(batch, kv_heads, -1, *q.shape[2:])
+
+            def group(args: tuple[Array, Array, Array]) -> Array:
+                q, k, seen = args
+                scale, softcap = self.spec.scale, self.spec.softcap
+                return reduce(
+                    window_attention(q, k[:, None], seen[:, None], scale=scale, softcap=softcap)
+                )
+
+            by_head = (jnp.moveaxis(x, 1, 0) for x in (groups, k, seen))
+            return jnp.moveaxis(jax.lax.map(group, tuple(by_head)), 0, 1).reshape(batch, -1)
+
+        arrays = self.window_weights(window), *self._window_arrays(window)
+        return jax.lax.platform_dependent(*arrays, cpu=shared, default=in_turn)
+
     def window_visible(self, window: int) -> Bool[Array, "B M W T"]:
         """True where one of the last `window` queries may look."""
         return window_visible(self.query_positions(window), self.positions, self.spec.window)

@@ -142,7 +142,7 @@ class RestKV(WindowPolicy):
         if self.spatial == "none":
             return scores
         if self.spatial == "adaptive":
-            return self._adaptive(layer, weights, scores, budget)
+            return self._adaptive(layer, scores, budget)
         pool = average_pool if self.spatial == "avgpool" else max_pool
         return pool(scores, self.poolable(layer), self.kernel)
 
@@ -191,11 +191,13 @@ class RestKV(WindowPolicy):
     def _adaptive(
         self,
         layer: LayerInputs,
-        weights: Float[Array, "B N W T"],
         scores: Float[Array, "B N P"],
         budget: Int[Array, " B"],
     ) -> Float[Array, "B N P"]:
-        drift = attention_drift(weights[..., : layer.columns], budget.clip(1, layer.columns))
+        counts = budget.clip(1, layer.columns)
+        drift = layer.of_window_weights(
+            self.window, lambda weights: attention_drift(weights[..., : layer.columns], counts)
+        )
         kernels, shifts = adaptive_window(drift, kernel=self.kernel, scale=self.scale)
         most = int(layer.columns // self.scale)  # |drift| < T bounds both, statically
         first = (layer.columns - layer.filled + self.sinks).clip(0, scores.shape[-1] - 1)

@@ -96,10 +96,15 @@ def test_masked_eviction(spec, kind, dtype):
 
 
 @pytest.mark.parametrize(
-    "policy", [SnapKV(), RestKV(spatial="avgpool"), RestKV.paper(spatial="maxpool")], ids=repr
+    "policy",
+    [SnapKV(), RestKV(), RestKV(spatial="avgpool"), RestKV.paper(spatial="maxpool")],
+    ids=repr,
 )
 def test_policies_make_no_weights_of_the_prompts_length(policy):
-    """The weights that the reference would need are traced, but nothing is left of them."""
+    """The weights that the reference would need are traced, but nothing is left of them.
+
+    Of the adaptive window's search for the drift, one key head's weights and their masks.
+    """
     heads, kv_heads, columns, size = 32, 8, 8192, 128
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     keys = shape((1, kv_heads, columns, size))
@@ -110,4 +115,5 @@ def test_policies_make_no_weights_of_the_prompts_length(policy):
 
     program = compiled(run, *inputs, kind="TPU v5e")
     weights = 4 * heads * policy.window * columns
-    assert program.memory_analysis().temp_size_in_bytes < weights / 4
+    part = 2 / kv_heads if policy == RestKV() else 1 / 100
+    assert program.memory_analysis().temp_size_in_bytes < weights * part

@@ -233,6 +233,20 @@ def test_drift_and_window_sizes_equal_numpy():
     np.testing.assert_array_equal(shifts, [1, 0, 1, 2, 0, 0, -2])
 
 
+def test_the_drift_is_the_same_one_group_of_heads_at_a_time(monkeypatch):
+    """What accelerators do, in place of holding the weights of all heads."""
+    r = np.random.default_rng(4)
+    q, k, v = (jnp.asarray(r.normal(size=(2, n, 30, H)), jnp.float32) for n in (N, K, K))
+    w_o = jnp.asarray(r.normal(size=(N, H, D)), jnp.float32)
+    layer = layer_inputs(3 * q, k, v, w_o, lengths=jnp.asarray([30, 17]))
+    counts = jnp.asarray([9, 5])
+    expected = attention_drift(layer.window_weights(W), counts)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    ours = layer.of_window_weights(W, lambda weights: attention_drift(weights, counts))
+    assert np.abs(np.asarray(expected)).max() > 1.0
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
 def test_max_pool_equals_numpy():
     x = np.random.default_rng(0).random(20).astype(np.float32)
     valid = np.arange(20) >= 3
