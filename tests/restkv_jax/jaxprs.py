@@ -10,14 +10,16 @@ from typing import Any
 def equations(jaxpr: Any) -> Iterator[Any]:
     """Every equation, those of inner programs included, once for each place they are called at.
 
-    Of a choice by platform the default is looked at, which is what runs on CPU.
+    Of a choice by platform what runs on CPU is looked at.
     """
     for equation in jaxpr.eqns:
         yield equation
         params = dict(equation.params)
         platforms = params.pop("branches_platforms", None)
         if platforms is not None:
-            params["branches"] = params["branches"][platforms.index(None)]
+            on_cpu = [platform is not None and "cpu" in platform for platform in platforms]
+            chosen = on_cpu.index(True) if True in on_cpu else platforms.index(None)
+            params["branches"] = params["branches"][chosen]
         for value in params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 if hasattr(inner, "jaxpr"):
