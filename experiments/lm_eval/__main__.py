@@ -133,6 +133,7 @@ def _evaluate(
                 limit=args.limit,
                 use_cache=str(requests[policy.label]),
                 apply_chat_template=args.template == "chat",
+                bootstrap_iters=0,  # errors and intervals are ours, on the same rows
                 random_seed=args.seed,
                 numpy_random_seed=args.seed,
                 fewshot_random_seed=args.seed,
