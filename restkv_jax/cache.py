@@ -49,7 +49,7 @@ class KVCache:
     def room(self) -> int | None:
         """Most tokens that a row can take at once, static; None if all layers are rings.
 
-        Without eviction it is the room of a cache that is still empty.
+        Without eviction it is the room of a cache that is still empty; see `free` for what is left.
         """
         kept = 0 if self.eviction is None else self.eviction.budget
         room = [
@@ -59,6 +59,22 @@ class KVCache:
             for size in stack.sizes
         ]
         return min(room, default=None)
+
+    @property
+    def free(self) -> Int[Array, " B"]:
+        """Tokens that each row can still take at once; of those beyond, some layer loses K/V.
+
+        A cache that evicts while decoding makes room first. Without a bound, as in a cache of
+        rings alone, it is the largest int32.
+        """
+        left = jnp.full_like(self.next_position, jnp.iinfo(jnp.int32).max)
+        if self.eviction is not None:
+            return left if self.room is None else jnp.full_like(left, self.room)
+        for stack in self.stacks:
+            if not stack.ring:
+                slots = jnp.asarray(stack.sizes, jnp.int32)[:, None] - stack.used
+                left = jnp.minimum(left, jnp.min(slots, axis=0) // stack.heads_per_list)
+        return left
 
     def place(self, layer: int | Array) -> tuple[int, int | Array]:
         """A layer's stack and its row there. A traced index needs all layers in one stack.

@@ -26,7 +26,8 @@ def extend(
     Args:
         model: see `CausalLM`.
         cache: room for T tokens in each row: headroom, or `evict_every` slots if it evicts while
-            decoding.
+            decoding. `KVCache.free` tells how many each row can still take; a row that is given
+            more loses some, and only the static bound can be checked here.
         tokens: what follows, padded on either side.
         valid: False for padding; every token counts by default. Rows without any are left alone.
 

@@ -34,6 +34,7 @@ from restkv_jax.decode import (
     prefill_chunked,
     score_tokens,
 )
+from restkv_jax.feed import feed
 from tests.restkv_jax import dense, tiny
 
 W = 4
@@ -176,6 +177,27 @@ def test_scores_of_given_answers_are_those_of_full_attention(model, windows):
         expected = jax.nn.log_softmax(all_logits)[np.arange(len(answer)), answer]
         np.testing.assert_allclose(ours[row, : len(answer)], expected, atol=3e-5)
         assert not np.asarray(ours)[row, len(answer) :].any()
+
+
+def test_free_counts_down_to_the_first_token_that_is_lost(model, whole):
+    """Of every kind of cache: as many tokens as it says are held by every layer, one more is not."""
+    _, caches = whole
+    for plan, cache in zip(PLANS, caches, strict=True):
+        free = np.asarray(cache.free)
+        if plan.decode_budget is not None:
+            np.testing.assert_array_equal(free, cache.room)
+            continue
+        assert (free >= plan.headroom).all()
+        most = int(free.max())
+        for more in (0, 1):
+            tokens = jnp.ones((2, most + more), jnp.int32)
+            valid = jnp.arange(most + more) < jnp.asarray(free)[:, None] + more
+            _, after = jax.jit(feed)(model, cache, tokens, valid)
+            for row in range(2):
+                newest = int(cache.next_position[row] + free[row]) + more - 1
+                held = [(after.kept_positions(i)[row] == newest).any() for i in range(2)]
+                assert all(held) == (not more), plan
+            np.testing.assert_array_equal(after.free[valid.sum(1) == free], 0)
 
 
 def test_more_tokens_than_there_is_room_for_are_refused(model, whole):
