@@ -180,7 +180,7 @@ def test_scores_of_given_answers_are_those_of_full_attention(model, windows):
 
 
 def test_free_counts_down_to_the_first_token_that_is_lost(model, whole):
-    """Of every kind of cache: as many tokens as it says are held by every layer, one more is not."""
+    """Of every kind of cache: every layer holds as many tokens as it says, and not one more."""
     _, caches = whole
     for plan, cache in zip(PLANS, caches, strict=True):
         free = np.asarray(cache.free)
