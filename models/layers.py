@@ -23,6 +23,9 @@ from restkv_jax.protocols import Attend, State
 Weights = Callable[[str, tuple[int, ...]], jax.Array | jax.ShapeDtypeStruct]
 """From a parameter's path, e.g. "layers.0.attn.q.w", and shape to its value."""
 
+# Tokens that go through an MLP at once: far more than matrix units need to be busy.
+_MLP_TOKENS = 16384
+
 
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation with a learned scale; computes in float32."""
@@ -70,7 +73,19 @@ class GatedMLP(nnx.Module):
 
     @jax.jit
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Applies the network to each token."""
+        """Applies the network to each token, to those of long prompts block by block.
+
+        Gate and up of a whole prompt of 128k would be two arrays of 3.8 GB in an 8B model, more
+        than all else that its prefill holds beside the weights.
+        """
+        batch, tokens, _ = x.shape
+        if batch * tokens <= _MLP_TOKENS:
+            return self._apply(x)
+        block = max(1, _MLP_TOKENS // batch)
+        by_token = jax.lax.map(self._apply, jnp.swapaxes(x, 0, 1), batch_size=block)
+        return jnp.swapaxes(by_token, 0, 1)
+
+    def _apply(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         gate = self.gate(x)
         gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate)
         return self.down(gate * self.up(x))

@@ -10,11 +10,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.sharding import AxisType
 
-# How `implementation=` names them: plain XLA, Pallas through Mosaic on TPU, Pallas on GPU, and a
-# Triton kernel through jax-triton on GPU.
-Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "triton"]
+# How `implementation=` names them: plain XLA, Pallas through Mosaic on TPU, Pallas on GPU, a Triton
+# kernel through jax-triton on GPU, and cuDNN through JAX's own functions.
+Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "triton", "cudnn"]
 
-_PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda", "triton": "cuda"}
+_PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda", "triton": "cuda", "cudnn": "cuda"}
 _PLATFORM_OF_BACKEND = {"tpu": "tpu", "gpu": "cuda"}
 
 

@@ -298,7 +298,8 @@ def _layer_importance(
     """One layer's attention over text and repetition, and the importance of the text's entries."""
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     batch, heads, columns, _ = q.shape
-    out, _ = causal_attention(q, k, v, jnp.full(batch, columns, jnp.int32), spec=spec)
+    lengths = jnp.full(batch, columns, jnp.int32)
+    out, _ = causal_attention(q, k, v, lengths, spec=spec, rows=0)
     out = jnp.swapaxes(out, 1, 2)
     if spec.window is not None:
         return out, jnp.zeros((batch, spec.num_kv_heads, length))

@@ -72,7 +72,7 @@ def leave_one_out(
             q=q, k=k, v=v, factor=w_o.factor, w_o=w_o.w_o, lengths=lengths, spec=spec
         )
         sets = spec.num_kv_heads if granularity == "kv_head" else spec.num_heads
-        out, _ = causal_attention(q, k, v, lengths, spec=spec)
+        out, _ = causal_attention(q, k, v, lengths, spec=spec, rows=0)
         found = (*found, removal_changes(inputs, window=min(window, columns), sets=sets))
         return jnp.swapaxes(out, 1, 2), found
 

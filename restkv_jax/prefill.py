@@ -170,7 +170,7 @@ def _attend_and_evict(
     def compute(
         q: Array, k: Array, v: Array, w_o: Projection, lengths: Array, index: Array
     ) -> tuple[Array, tuple[CompressedLayer, ...]]:
-        out, log_sums = causal_attention(q, k, v, lengths, spec=spec)
+        out, log_sums = causal_attention(q, k, v, lengths, spec=spec, rows=queries + probe)
         before, behind = ([x[:, :, part] for x in (q, k, v)] for part in parts)
         inputs = LayerInputs(
             q=before[0][:, :, -queries:],
@@ -182,7 +182,7 @@ def _attend_and_evict(
             w_o=w_o.w_o,
             index=index,
             num_layers=num_layers,
-            log_sums=log_sums[:, :, :columns][:, :, -queries:],
+            log_sums=log_sums[:, :, :queries],
             probe=Probe(q=behind[0], k=behind[1], v=behind[2]) if probe else None,
         )
         kept = tuple(

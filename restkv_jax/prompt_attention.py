@@ -1,4 +1,7 @@
-"""Attention of many queries in blocks, with an online softmax: O(T x block) memory."""
+"""Attention of many queries: cuDNN's on GPU, else blocks with an online softmax.
+
+Either needs O(T x block) memory.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.dispatch import Implementation, Kernel, dispatch
 from pallas_kernels.quantized import QuantArray, dequantize
+from restkv_jax import cudnn_attention
 from restkv_jax.protocols import LayerSpec
 
 # Queries x keys of one block: large enough for matrix units and the last-level cache alike.
 BLOCK = 256
+# Keys of one block where the queries are few.
+_WIDE_BLOCK = 4096
 
 # The mask between block i of queries and block j of keys, by cache head or by query head; False
 # for what lies beyond the end.
@@ -22,7 +29,7 @@ Seen = Callable[[Array, Array], Bool[Array, "B M Q C"]]
 KeyBlocks = Callable[[Array], tuple[int | Array, int | Array]]
 
 
-@functools.partial(jax.jit, static_argnames=("spec",), inline=True)
+@functools.partial(jax.jit, static_argnames=("spec", "rows", "implementation"), inline=True)
 def causal_attention(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K T H"],
@@ -30,12 +37,18 @@ def causal_attention(
     lengths: Int[Array, " B"],
     *,
     spec: LayerSpec,
-) -> tuple[Float[Array, "B N T H"], Float[Array, "B N T"]]:
+    rows: int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B N T H"], Float[Array, "B N R"]]:
     """softmax(q kᵀ) v of a prompt over itself.
 
     Rows are aligned to the right: the first T - lengths columns are padding, which nobody sees
     and whose outputs are 0. Blocks that the mask empties for all rows are not computed. Logits,
     softmax and sums are float32.
+
+    On GPU cuDNN computes the outputs, of 16-bit arrays without a soft cap, unless the sums of all
+    queries are asked for: it rounds them to the type of `q`, so those of the last queries are
+    computed apart from it, in float32.
 
     Args:
         q: queries after rotary embedding.
@@ -43,13 +56,76 @@ def causal_attention(
         v: values.
         lengths: tokens in each row.
         spec: heads, scale, soft cap and sliding window of the layer.
+        rows: static, R: of how many of the last queries the sums are asked for; all T if None.
+        implementation: static; "xla", "cudnn", or None for the platform's best, see `dispatch`.
 
     Returns:
-        The outputs, and the log of each query's sum of exp(logits), +inf for padding.
+        The outputs, and the log of the sum of exp(logits) of the last R queries, +inf for padding.
+
+    Raises:
+        ValueError: `rows` is no number from 0 to T.
+        NotImplementedError: the implementation that was named cannot run this, and why.
     """
-    block = min(BLOCK, q.shape[2])
-    seen, blocks = _prompt_mask(q.shape[2], lengths, spec, block)
-    return online_softmax(q, k, v, seen, blocks, spec=spec, block=block, key_block=block)
+    columns = q.shape[2]
+    rows = columns if rows is None else rows
+    if not 0 <= rows <= columns:
+        raise ValueError(f"rows: expected 0 to T = {columns}, got {rows}")
+    refusal = cudnn_attention.refusal(q, k, spec)
+    if rows == columns:
+        refusal = refusal or "the sums of all queries are asked for, and cuDNN rounds them"
+    return dispatch(
+        "causal_attention",
+        implementation,
+        q,
+        k,
+        v,
+        lengths,
+        reference=functools.partial(_by_blocks, spec=spec, rows=rows),
+        kernels=(Kernel("cudnn", functools.partial(_by_cudnn, spec=spec, rows=rows), refusal),),
+    )
+
+
+def _by_blocks(
+    q: Array, k: Array, v: Array, lengths: Array, *, spec: LayerSpec, rows: int
+) -> tuple[Array, Array]:
+    columns = q.shape[2]
+    block = min(BLOCK, columns)
+    seen, blocks = _prompt_mask(columns, lengths, spec, block)
+    out, log_sums = online_softmax(q, k, v, seen, blocks, spec=spec, block=block, key_block=block)
+    return out, log_sums[:, :, columns - rows :]
+
+
+def _by_cudnn(
+    q: Array, k: Array, v: Array, lengths: Array, *, spec: LayerSpec, rows: int
+) -> tuple[Array, Array]:
+    out = cudnn_attention.causal_attention(q, k, v, lengths, spec=spec)
+    return out, _last_log_sums(q, k, lengths, spec=spec, rows=rows)
+
+
+def _last_log_sums(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K T H"],
+    lengths: Int[Array, " B"],
+    *,
+    spec: LayerSpec,
+    rows: int,
+) -> Float[Array, "B N R"]:
+    columns = q.shape[2]
+    if rows == 0:
+        return jnp.zeros((*q.shape[:2], 0), jnp.float32)
+    block, key_block = min(BLOCK, rows), min(_WIDE_BLOCK, columns)
+
+    def seen(i: Array, j: Array) -> Bool[Array, "B 1 Q C"]:
+        query_columns = columns - rows + i * block + jnp.arange(block)
+        key_columns = j * key_block + jnp.arange(key_block)
+        return _causal(query_columns, key_columns, columns - lengths, spec)[:, None]
+
+    def blocks(i: Array) -> tuple[int, int]:
+        del i
+        return 0, -(-columns // key_block)
+
+    last = q[:, :, columns - rows :]
+    return online_softmax(last, k, k, seen, blocks, spec=spec, block=block, key_block=key_block)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "causal_from"), inline=True)
@@ -175,16 +251,14 @@ def _prompt_mask(
     earliest = jnp.min(first) // block
 
     def seen(i: Array, j: Array) -> Bool[Array, "B 1 Q C"]:
-        query_columns = (i * block + jnp.arange(block))[:, None]
-        # Columns that the last block is short of come after every real query.
+        query_columns = i * block + jnp.arange(block)
         key_columns = j * block + jnp.arange(block)
-        distance = query_columns - key_columns
-        inside = (distance >= 0) & (key_columns >= first[:, None, None])
+        inside = _causal(query_columns, key_columns, first, spec)
         if causal_from:
+            query_columns, distance = query_columns[:, None], query_columns[:, None] - key_columns
             asked = (query_columns >= first[:, None, None]) & (query_columns < causal_from)
-            inside |= asked & (key_columns >= first[:, None, None]) & (key_columns < columns)
-        if spec.window is not None:
-            inside &= distance < spec.window
+            asked &= (key_columns >= first[:, None, None]) & (key_columns < columns)
+            inside |= asked if spec.window is None else asked & (distance < spec.window)
         return inside[:, None]
 
     def blocks(i: Array) -> tuple[Array, Array]:
@@ -194,6 +268,21 @@ def _prompt_mask(
         return lowest, jnp.where(i * block < causal_from, -(-columns // block), i + 1)
 
     return seen, blocks
+
+
+def _causal(
+    query_columns: Int[Array, " Q"],
+    key_columns: Int[Array, " C"],
+    first: Int[Array, " B"],
+    spec: LayerSpec,
+) -> Bool[Array, "B Q C"]:
+    """True where a query may look: from each row's first column to its own.
+
+    Columns that the last block is short of come after every real query.
+    """
+    distance = query_columns[:, None] - key_columns
+    inside = (distance >= 0) & (key_columns >= first[:, None, None])
+    return inside if spec.window is None else inside & (distance < spec.window)
 
 
 def _in_blocks(q: Float[Array, "B N T H"], sets: int, block: int) -> Float[Array, "B J G I Q H"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.core.errors import UserError
+from experiments.core.measure import device_memory
 from experiments.core.runner import Answer
 from restkv_jax.cache import KVCache
 from restkv_jax.decode import (
@@ -143,7 +143,7 @@ def check_fit(
         except ValueError as error:  # what a policy has to say of this model or budget
             raise UserError(f"--policy {label}: {error}") from None
         sizes[label] = cache.total_bytes
-    available = _device_memory()
+    available = device_memory()
     needed = sum(sizes.values()) + weights_bytes
     if available is not None and needed > available:
         largest = max(sizes, key=lambda label: sizes[label])
@@ -159,14 +159,3 @@ def kept_slots(cache: KVCache) -> float:
     filled = [jnp.sum(stack.positions >= 0) for stack in cache.stacks]
     heads = sum(stack.used.size * stack.heads for stack in cache.stacks)
     return float(sum(filled)) / heads
-
-
-def _device_memory() -> int | None:
-    """Bytes of the first device, or of the machine; None where neither tells."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -79,3 +80,14 @@ def flops_per_second(size: int, dtype: DTypeLike, *, repeats: int = 5) -> float:
     x = jnp.ones((size, size), dtype)
     seconds = median_seconds(functools.partial(jax.jit(lambda x: x @ x), x), repeats)
     return 2 * size**3 / seconds
+
+
+def device_memory() -> int | None:
+    """Bytes of the first device, or of the machine; None where neither tells."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -103,7 +103,7 @@ def _captured(model: CausalLM, tokens: Int[Array, "1 T"]) -> tuple[_Captured, ..
         assert isinstance(w_o, Projection)
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
         lengths = jnp.full(1, tokens.shape[1], jnp.int32)
-        out, _ = causal_attention(q, k, v, lengths, spec=specs[layer])
+        out, _ = causal_attention(q, k, v, lengths, spec=specs[layer], rows=0)
         return jnp.swapaxes(out, 1, 2), (*found, _Captured(q, k, v, w_o))
 
     start: tuple[_Captured, ...] = ()

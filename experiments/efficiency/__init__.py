@@ -1,0 +1,1 @@
+"""Time and memory of prefill, scoring, eviction and decoding, against the device's floor."""
