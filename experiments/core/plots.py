@@ -77,9 +77,10 @@ def lines(
     title: str,
     label: str,
     axis: str = "layer",
-    at: np.ndarray | None = None,
+    at: np.ndarray | Mapping[str, np.ndarray] | None = None,
+    errors: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Draws one line for each name.
+    """Draws one line for each name; a point where a name has one value.
 
     Args:
         path: the PNG file.
@@ -87,11 +88,20 @@ def lines(
         title: above the plot.
         label: what the values are.
         axis: what they are counted by.
-        at: [L] where they are on the axis; at 0, 1, 2, ... by default.
+        at: [L] where they are on the axis, for all names or for each; at 0, 1, 2, ... by default.
+        errors: name -> [L] half the height of each value's error bar.
     """
     with _axes(path, (7.0, 4.0)) as (_, axes):
         for name, values in series.items():
-            axes.plot(np.arange(len(values)) if at is None else at, values, marker=".", label=name)
+            places = at.get(name) if isinstance(at, Mapping) else at
+            axes.errorbar(
+                np.arange(len(values)) if places is None else places,
+                values,
+                yerr=None if errors is None else errors[name],
+                marker=".",
+                label=name,
+                capsize=2,
+            )
         axes.set(title=title, xlabel=axis, ylabel=label, ylim=(0.0, None))
         axes.locator_params(axis="x", integer=True)
         axes.grid(alpha=0.3)

@@ -144,6 +144,28 @@ def markdown(tables: Sequence[TextTable]) -> str:
     return "\n".join(lines)
 
 
+def read_markdown(text: str) -> list[TextTable]:
+    """The tables that `markdown` wrote, cell by cell.
+
+    Raises:
+        ValueError: a line that it does not write.
+    """
+    tables = []
+    for block in text.strip().split("\n\n**"):
+        title, _, lines = block.removeprefix("**").partition("**\n\n")
+        rows = [_cells(line) for line in lines.splitlines()]
+        if len(rows) < 2 or len({len(row) for row in rows}) != 1:
+            raise ValueError(f"expected tables as `markdown` writes them, got {block[:80]!r}")
+        tables.append(TextTable(title, rows[0], tuple(rows[2:])))
+    return tables
+
+
+def _cells(line: str) -> tuple[str, ...]:
+    # Between two cells stands " | "; a bar in a cell has a backslash before it.
+    inner = line.removeprefix("| ").removesuffix(" |")
+    return tuple(cell.replace("\\|", "|") for cell in inner.split(" | "))
+
+
 def _score(score: float, error: float | None, digits: int) -> str:
     return f"{score:.{digits}f}" if error is None else f"{score:.{digits}f} ± {error:.{digits}f}"
 

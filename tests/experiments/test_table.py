@@ -3,6 +3,8 @@
 import io
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from experiments.core.environment import environment, git_commit, package_version
 from experiments.core.table import (
@@ -12,6 +14,7 @@ from experiments.core.table import (
     human_bytes,
     markdown,
     print_tables,
+    read_markdown,
     score_table,
 )
 
@@ -120,6 +123,29 @@ def test_a_terminal_gets_the_same_cells():
 def test_markdown():
     text = markdown([TextTable("t", ("a", "b"), (("x|y", "1"),))])
     assert text.splitlines() == ["**t**", "", "| a | b |", "| --- | ---: |", "| x\\|y | 1 |"]
+
+
+_TEXT = st.text("ab|* é", max_size=6).map(str.strip)
+_TABLES = st.integers(1, 4).flatmap(
+    lambda n: st.builds(
+        TextTable,
+        st.just("t é"),
+        st.tuples(*[_TEXT] * n),
+        st.lists(st.tuples(*[_TEXT] * n)).map(tuple),
+    )
+)
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(_TABLES, min_size=1, max_size=3))
+def test_what_markdown_writes_is_read_back(tables):
+    assert read_markdown(markdown(tables)) == tables
+
+
+@pytest.mark.parametrize("text", ["", "no table", "**t**\n\n| a | b |\n| --- | ---: |\n| 1 |\n"])
+def test_other_markdown_is_refused(text):
+    with pytest.raises(ValueError, match="expected tables"):
+        read_markdown(text)
 
 
 def test_environment_is_plain_json():

@@ -1,0 +1,1 @@
+"""A fixed selection of all benchmarks, and one report of it."""
