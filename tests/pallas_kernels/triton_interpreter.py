@@ -8,6 +8,7 @@ largest errors as JSON.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.decode_attention.tiling import Tiling
+from pallas_kernels.masked_eviction.specs import SPECS as EVICTIONS
 from tests.pallas_kernels.cases import CASES, expected, poisoned
 
 
@@ -120,7 +122,24 @@ def decode_attention():
                 yield f"{spec.name} {dtype.__name__} {name}", list(map(difference, ours, theirs))
 
 
-OPS = {f.__name__: f for f in (decode_attention,)}
+def masked_eviction():
+    """Nothing but names: each case is checked here, entry by entry."""
+    from pallas_kernels.masked_eviction import kernel_gpu
+    from tests.pallas_kernels.test_masked_eviction import check
+
+    # Rows that one step of the search holds, and rows of several steps.
+    for searched, dtype in ((kernel_gpu._SEARCHED, "bfloat16"), (128, "float32")):
+        kernel_gpu._SEARCHED = searched
+        for spec in EVICTIONS:
+            if not spec.large:
+                run = functools.partial(
+                    kernel_gpu.masked_eviction_triton, **spec.options, call=interpreted
+                )
+                check(spec, dtype, run)
+                yield f"{spec.name} {dtype}", None
+
+
+OPS = {f.__name__: f for f in (decode_attention, masked_eviction)}
 
 
 def main() -> None:
