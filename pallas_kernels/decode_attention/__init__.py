@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from pallas_kernels.decode_attention.reference import decode_attention_xla
 from pallas_kernels.decode_attention.tiling import Tiling
 from pallas_kernels.dispatch import Implementation, Kernel, dispatch
 from pallas_kernels.quantized import QuantArray
+from pallas_kernels.triton_extra import run_triton, without_triton
 
 __all__ = ["Tiling", "decode_attention"]
 
@@ -81,9 +81,8 @@ def decode_attention(
         return decode_attention_tpu(*args, **static, start_multiple=start_multiple, tiling=tiling)
 
     def triton(*args: Any) -> tuple[Array, Array | None]:
-        module = _triton_module()
-        assert isinstance(module, ModuleType)
-        return module.decode_attention_triton(*args, **static, tiling=tiling)
+        kernel = run_triton("decode_attention", "decode_attention_triton")
+        return kernel(*args, **static, tiling=tiling)
 
     return dispatch(
         "decode_attention",
@@ -96,7 +95,7 @@ def decode_attention(
         reference=functools.partial(decode_attention_xla, **static),
         kernels=(
             Kernel("pallas_tpu", tpu, refusal=_refusal(q, k)),
-            Kernel("triton", triton, refusal=_refusal(q, k) or _without_triton()),
+            Kernel("triton", triton, refusal=_refusal(q, k) or without_triton("decode_attention")),
         ),
     )
 
@@ -132,18 +131,3 @@ def _refusal(q: Array, k: Array | QuantArray) -> str | None:
     if not isinstance(k, QuantArray) and stored.dtype != q.dtype:
         return f"q is {q.dtype}, but k {stored.dtype}"
     return None
-
-
-@functools.cache
-def _triton_module() -> ModuleType | str:
-    """The kernel, or why it cannot be imported: jax-triton is an optional extra."""
-    try:
-        from pallas_kernels.decode_attention import kernel_gpu
-    except (ImportError, AttributeError) as error:  # AttributeError: versions that do not fit
-        return f"jax-triton cannot be imported ({error}); pip install 'restkv-jax[gpu]'"
-    return kernel_gpu
-
-
-def _without_triton() -> str | None:
-    module = _triton_module()
-    return module if isinstance(module, str) else None

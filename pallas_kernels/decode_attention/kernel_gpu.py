@@ -8,11 +8,11 @@ together.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jax_triton as jt
 import triton
 import triton.language as tl
 from jaxtyping import Array, Bool, Float, Int
@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.decode_attention.reference import softmax
 from pallas_kernels.decode_attention.tiling import Tiling, gpu_tiling, power_of_two
 from pallas_kernels.quantized import QuantArray
+from pallas_kernels.triton_extra import triton_call
 
 # The fewest rows of a matrix product.
 _ROWS = 16
@@ -36,23 +37,19 @@ def decode_attention_triton(
     softcap: float | None,
     weights: bool,
     tiling: Tiling | None = None,
-    compute_capability: int | None = None,
+    call: Callable[..., tuple[Array, ...]] = triton_call,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N S"] | None]:
     """See `pallas_kernels.decode_attention.decode_attention`.
 
-    It is compiled for `compute_capability`, such as 90; None asks the GPU.
+    `call` launches a kernel as `triton_call` does.
     """
-    call = functools.partial(
-        _parts,
-        scale=scale,
-        softcap=softcap,
-        weights=weights,
-        tiling=tiling,
-        compute_capability=compute_capability,
-    )
     begin = jnp.asarray(0 if start is None else start, jnp.int32)[None]
-    # The custom call has no rule of its own for `vmap`.
-    sums, peaks, totals, logits = jax.custom_batching.sequential_vmap(call)(q, k, v, visible, begin)
+    inputs, shapes, options = launch(
+        q, k, v, visible, begin, scale=scale, softcap=softcap, weights=weights, tiling=tiling
+    )
+    sums, peaks, totals, logits = call(
+        part_kernel, inputs, shapes, name="decode_attention", **options
+    )
     out = combine(sums, peaks, totals).reshape(q.shape).astype(q.dtype)
     if not weights:
         return out, None
@@ -75,33 +72,6 @@ def combine(
     total = jnp.sum(totals * factor, axis=0)
     total = jnp.where(total == 0.0, 1.0, total)
     return jnp.sum(sums * factor[..., None], axis=0) / total[..., None]
-
-
-def _parts(
-    q: Array,
-    k: Array | QuantArray,
-    v: Array | QuantArray,
-    visible: Array,
-    begin: Array,
-    *,
-    scale: float,
-    softcap: float | None,
-    weights: bool,
-    tiling: Tiling | None,
-    compute_capability: int | None,
-) -> tuple[Array, Array, Array, Array]:
-    inputs, shapes, options = launch(
-        q, k, v, visible, begin, scale=scale, softcap=softcap, weights=weights, tiling=tiling
-    )
-    sums, peaks, totals, logits = jt.triton_call(
-        *inputs,
-        kernel=part_kernel,
-        out_shape=shapes,
-        name="decode_attention",
-        compute_capability=compute_capability,
-        **options,
-    )
-    return sums, peaks, totals, logits
 
 
 def launch(

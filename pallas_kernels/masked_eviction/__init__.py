@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +18,7 @@ from pallas_kernels.masked_eviction.reference import (
 )
 from pallas_kernels.masked_eviction.threshold import top_mask
 from pallas_kernels.quantized import QuantArray
+from pallas_kernels.triton_extra import run_triton, without_triton
 
 __all__ = [
     "Kept",
@@ -46,7 +48,9 @@ def masked_eviction(
 
     The reference sorts with `top_k` and gathers: it reads the C entries that stay. On a TPU a
     threshold search reads each score from HBM once, and one pass over K and V, each head's for
-    its own set, moves what stays; C slots of a head must fit into VMEM.
+    its own set, moves what stays; C slots of a head must fit into VMEM. On a GPU, where `top_k`
+    sorts whole rows, a threshold search comes first too, and only what stays is read; it needs
+    jax-triton.
 
     Args:
         importance: what is lost with each column: -inf is never taken, +inf before all others.
@@ -72,6 +76,11 @@ def masked_eviction(
     if budget.shape != (batch,):
         raise ValueError(f"budget: expected [B] = [{batch}], got {budget.shape}")
     tpu = functools.partial(kernel_tpu.masked_eviction, capacity=capacity)
+
+    def triton(*args: Any) -> Kept:
+        kernel = run_triton("masked_eviction", "masked_eviction_triton")
+        return kernel(*args, capacity=capacity)
+
     return dispatch(
         "masked_eviction",
         implementation,
@@ -81,5 +90,18 @@ def masked_eviction(
         positions,
         budget,
         reference=functools.partial(reference.masked_eviction, capacity=capacity),
-        kernels=(Kernel("pallas_tpu", tpu, kernel_tpu.refusal(k, v, capacity)),),
+        kernels=(
+            Kernel("pallas_tpu", tpu, kernel_tpu.refusal(k, v, capacity)),
+            Kernel("triton", triton, _refusal_triton(k, v, columns, capacity)),
+        ),
     )
+
+
+def _refusal_triton(
+    k: Array | QuantArray, v: Array | QuantArray, columns: int, capacity: int
+) -> str | None:
+    if isinstance(k, QuantArray) != isinstance(v, QuantArray):
+        return "one of k and v is int8 with scales, the other is not"
+    if capacity == 0 or columns == 0:
+        return "there is nothing to move"
+    return without_triton("masked_eviction")

@@ -149,8 +149,7 @@ def test_the_kernels_are_lowered_for_tpu_and_the_reference_for_cpu():
     text = lowered(op, *args)
     assert "eviction_threshold" in text
     assert "eviction_move" in text
-    assert "custom_call" not in lowered(op, *args, kind="NVIDIA H200")
-    assert "tpu_custom_call" not in jax.jit(op).lower(*args).as_text()
+    assert "eviction_move" not in jax.jit(op).lower(*args).as_text()
 
 
 @pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.name)

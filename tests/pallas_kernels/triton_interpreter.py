@@ -1,21 +1,34 @@
 """Triton kernels on CPU, through Triton's own interpreter.
 
-It wants arrays that look like PyTorch's, and its products take bfloat16 for integers, so float16
-stands in. The interpreter must be chosen before a kernel is defined, so this runs as a program of
-its own: `TRITON_INTERPRET=1 python -m tests.pallas_kernels.triton_interpreter` prints the largest
-errors as JSON.
+It wants arrays that look like PyTorch's, and its products take bfloat16 for integers, which is put
+right here. The interpreter must be chosen before a kernel is defined, so this runs as a program of
+its own: `TRITON_INTERPRET=1 python -m tests.pallas_kernels.triton_interpreter OP` prints the
+largest errors as JSON.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.decode_attention.tiling import Tiling
+from pallas_kernels.masked_eviction.specs import SPECS as EVICTIONS
 from tests.pallas_kernels.cases import CASES, expected, poisoned
+
+
+def errors_of(op):
+    """What the program prints of an op, by name of the case; for the tests."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.pallas_kernels.triton_interpreter", op]
+    text = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return json.loads(text.stdout)
 
 
 class FakeTensor:
@@ -53,39 +66,86 @@ class FakeTensor:
         self.array[...] = other.array
 
 
-def run(inputs, options, tiling):
-    """`decode_attention_triton` with the interpreter in the place of the custom call."""
-    from pallas_kernels.decode_attention import kernel_gpu
-
-    begin = jnp.asarray([options["start"] or 0], jnp.int32)
-    static = {key: options[key] for key in ("scale", "softcap")}
-    arrays, shapes, launch = kernel_gpu.launch(
-        *inputs, begin, **static, weights=True, tiling=tiling
-    )
-    grid = launch.pop("grid")
-    outputs = [np.full(x.shape, np.nan, x.dtype) for x in shapes]
-    tensors = [FakeTensor(np.array(x)) for x in arrays]
-    kernel_gpu.part_kernel[grid](*tensors, *map(FakeTensor, outputs), **launch)
-    sums, peaks, totals, logits = map(jnp.asarray, outputs)
-    numerators, total = kernel_gpu.softmax(logits)
-    return kernel_gpu.combine(sums, peaks, totals), numerators / total
+def interpreted(kernel, inputs, outputs, *, name, grid, zeroed=(), **options):
+    """In the place of `triton_call`; what is not written holds what is no result."""
+    fresh = [
+        np.full(x.shape, 0 if i in zeroed else _unwritten(x.dtype), x.dtype)
+        for i, x in enumerate(outputs)
+    ]
+    tensors = [FakeTensor(np.array(x)) for x in inputs]
+    kernel[grid](*tensors, *map(FakeTensor, fresh), **options)
+    return tuple(map(jnp.asarray, fresh))
 
 
-def main() -> None:
-    jax.config.update("jax_default_matmul_precision", "highest")
-    errors = {}
+def _unwritten(dtype):
+    return np.iinfo(dtype).min if jnp.issubdtype(dtype, jnp.integer) else np.nan
+
+
+def multiply_bfloat16():
+    """Has the interpreter widen bfloat16, which it holds as integers, before it multiplies."""
+    from triton.runtime import interpreter
+
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def wide(x):
+        if x.data.dtype != np.uint16:
+            return x
+        numbers = (x.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(numbers, interpreter.tl.float32)
+
+    def product(self, a, b, *rest):
+        return create_dot(self, wide(a), wide(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = product
+
+
+def difference(ours, theirs):
+    return float(np.max(np.abs(np.asarray(ours, np.float64) - theirs)))
+
+
+def decode_attention():
+    from pallas_kernels.decode_attention.kernel_gpu import decode_attention_triton
+
     for spec in CASES:
         tilings = {"own": None, "small": Tiling(block=16, splits=3)}
         for dtype in (jnp.float32, jnp.float16):
             for name, tiling in tilings.items():
                 inputs = spec.inputs(dtype)
-                ours = run(poisoned(spec, inputs), spec.options, tiling)
+                ours = decode_attention_triton(
+                    *poisoned(spec, inputs),
+                    **spec.options,
+                    weights=True,
+                    tiling=tiling,
+                    call=interpreted,
+                )
                 theirs = expected(spec, inputs)
-                errors[f"{spec.name} {dtype.__name__} {name}"] = [
-                    float(np.max(np.abs(np.asarray(a, np.float64) - b)))
-                    for a, b in zip(ours, theirs, strict=True)
-                ]
-    print(json.dumps(errors))
+                yield f"{spec.name} {dtype.__name__} {name}", list(map(difference, ours, theirs))
+
+
+def masked_eviction():
+    """Nothing but names: each case is checked here, entry by entry."""
+    from pallas_kernels.masked_eviction import kernel_gpu
+    from tests.pallas_kernels.test_masked_eviction import check
+
+    # Rows that one step of the search holds, and rows of several steps.
+    for searched, dtype in ((kernel_gpu._SEARCHED, "bfloat16"), (128, "float32")):
+        kernel_gpu._SEARCHED = searched
+        for spec in EVICTIONS:
+            if not spec.large:
+                run = functools.partial(
+                    kernel_gpu.masked_eviction_triton, **spec.options, call=interpreted
+                )
+                check(spec, dtype, run)
+                yield f"{spec.name} {dtype}", None
+
+
+OPS = {f.__name__: f for f in (decode_attention, masked_eviction)}
+
+
+def main() -> None:
+    jax.config.update("jax_default_matmul_precision", "highest")
+    multiply_bfloat16()
+    print(json.dumps(dict(OPS[sys.argv[1]]())))
 
 
 if __name__ == "__main__":

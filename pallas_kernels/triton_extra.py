@@ -1,0 +1,81 @@
+"""Kernels through jax-triton, an optional extra: whether there are any, and how they are called."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+_WITHOUT_GPU = 90
+
+
+@functools.cache
+def kernels_of(op: str) -> ModuleType | str:
+    """The module with an op's Triton kernels, or why it cannot be imported."""
+    try:
+        importlib.import_module("jax_triton")
+        return importlib.import_module(f"pallas_kernels.{op}.kernel_gpu")
+    except (ImportError, AttributeError) as error:  # AttributeError: versions that do not fit
+        return f"jax-triton cannot be imported ({error}); pip install 'restkv-jax[gpu]'"
+
+
+def without_triton(op: str) -> str | None:
+    """Why an op has no Triton kernels here, or None."""
+    found = kernels_of(op)
+    return found if isinstance(found, str) else None
+
+
+def run_triton(op: str, function: str) -> Callable[..., Any]:
+    """A function of the module of an op's kernels; there must be one."""
+    found = kernels_of(op)
+    assert isinstance(found, ModuleType)
+    return getattr(found, function)
+
+
+def triton_call(
+    kernel: Any,
+    inputs: Sequence[Array],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    *,
+    name: str,
+    zeroed: Sequence[int] = (),
+    compute_capability: int | None = None,
+    **options: Any,
+) -> tuple[Array, ...]:
+    """Launches a kernel on GPU.
+
+    Args:
+        kernel: a `triton.jit` function of pointers to the inputs, then to the outputs, then of
+            the static arguments.
+        inputs: arrays.
+        outputs: shapes and types of what it writes.
+        name: in profiles.
+        zeroed: which of the outputs hold zeros when it starts.
+        compute_capability: that it is compiled for. None asks the GPU; a program that is lowered
+            on a host without one is for 90, which H100 and H200 have.
+        options: grid, num_warps, num_stages and the static arguments by name.
+    """
+    import jax_triton as jt
+
+    if compute_capability is None and jax.default_backend() != "gpu":
+        compute_capability = _WITHOUT_GPU
+
+    def call(*arrays: Array) -> tuple[Array, ...]:
+        found = jt.triton_call(
+            *arrays,
+            kernel=kernel,
+            out_shape=tuple(outputs),
+            name=name,
+            zeroed_outputs=tuple(zeroed),
+            compute_capability=compute_capability,
+            **options,
+        )
+        return tuple(found)
+
+    # The custom call has no rule of its own for `vmap`.
+    return tuple(jax.custom_batching.sequential_vmap(call)(*inputs))
