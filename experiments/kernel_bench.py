@@ -78,7 +78,7 @@ class Floor(NamedTuple):
 
 
 def measure_floor(dtype: str) -> Floor:
-    """By copying and by multiplying matrices, of sizes that fit the kind of device."""
+    """By changing an array in place and by multiplying matrices, of sizes that fit the device."""
     device = jax.default_backend() != "cpu"
     return Floor(
         bytes_per_second(2**31 if device else 2**28),

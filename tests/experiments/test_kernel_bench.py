@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import kernel_bench
+from experiments.core import measure as core_measure
 from experiments.core.errors import UserError
 from experiments.core.measure import loop_seconds
 from pallas_kernels.decode_attention.specs import SPECS
@@ -66,6 +67,18 @@ def test_the_loop_gives_what_one_call_gives_and_runs_every_round():
     assert 0.0 < seconds < 1.0
     np.testing.assert_array_equal(result[0], x * x)
     assert result[1] == 28.0
+
+
+def test_bandwidth_counts_reads_and_writes_of_the_same_memory(monkeypatch):
+    places = []
+
+    def median_seconds(run, repeats):
+        places.extend(run().unsafe_buffer_pointer() for _ in range(3))
+        return 0.5
+
+    monkeypatch.setattr(core_measure, "median_seconds", median_seconds)
+    assert core_measure.bytes_per_second(2**20) == 2 * 2**20 / 0.5
+    assert len(set(places)) == 1  # new pages would be timed with what fills them
 
 
 def test_large_shapes_are_left_out_on_cpu_unless_asked_for():
