@@ -69,7 +69,9 @@ def window_scores(
     write nothing of the size of the keys but the scores. Attention alone does not read V, and
     given `log_sums` reads K once. The outputs of the prompt's own attention are no substitute for
     the first pass: they are rounded to the model's type, and from a sum over all keys 1 - A and
-    o - v of a key with nearly all weight cannot be recovered.
+    o - v of a key with nearly all weight cannot be recovered. On a GPU the kernels need
+    jax-triton, windows of at most 64 queries and heads of at most 256 numbers; where a group has
+    more rows than one program holds, programs side by side load the same keys.
 
     In the aggregated form the kernels take the key that may hold more than half of the average
     among those that lead a row, which is exact as long as the rows that see something have all

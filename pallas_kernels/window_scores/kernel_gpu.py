@@ -15,7 +15,7 @@ where masks here read them as they are; Mosaic GPU's interface moves from releas
 
 Predicted, not measured, of an 8B layer at 128k in bfloat16 on an H200 with 4.2 TB/s: each pass
 reads 0.54 GB in 0.13 ms. Pass 1 multiplies 34 and 3 · 34 GFLOP, 0.2 ms at 700 TFLOP/s; pass 2
-34 and 3 · 137 GFLOP in TF32, 1.1 ms at 400 TFLOP/s, so the distances bound the op, not the
+34 and 3 · 137 GFLOP in TF32, 1.1 ms at 400 TFLOP/s at best, so the distances bound the op, not the
 memory.
 """
 
@@ -70,6 +70,10 @@ def window_scores_triton(
             head_dim=q.shape[3],
             itemsize=q.dtype.itemsize,
         )
+    for name in ("keys", "rows", "scored", "ranks"):
+        number = getattr(tiling, name)
+        if number < _LEAST or number != power_of_two(number):
+            raise ValueError(f"tiling.{name}: expected a power of two from 16 up, got {number}")
     run = _Passes(q, k, v, query_positions, key_positions, form, tiling, call)
     if form.kind == "attention":
         if log_sums is None:

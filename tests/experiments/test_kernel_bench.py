@@ -14,6 +14,7 @@ from experiments.core.errors import UserError
 from experiments.core.measure import loop_seconds
 from pallas_kernels.decode_attention.specs import SPECS
 
+ONE_SLOT = ["--op", "decode_attention", "--spec", "one_slot", "--dtype", "float32"]
 FLOOR = kernel_bench.Floor(1e9, 1e11)
 
 

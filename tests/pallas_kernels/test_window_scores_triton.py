@@ -101,6 +101,17 @@ def test_no_kernel_is_named_in_vain(arrays, past, reason):
     assert "triton" not in lowered(op, *given, kind="NVIDIA H200")
 
 
+@needs_triton
+@pytest.mark.parametrize("bad", [{"keys": 48}, {"keys": 16, "rows": 8}])
+def test_blocks_are_powers_of_two(bad):
+    spec = NAMED["mha_64"]
+    run = functools.partial(
+        window_scores, form=spec.form, implementation="triton", tiling=Tiling(**bad)
+    )
+    with pytest.raises(ValueError, match=r"tiling\.(keys|rows): expected a power of two"):
+        jax.eval_shape(run, *spec.shapes(jnp.bfloat16))
+
+
 @pytest.mark.skipif(REASON is None, reason="jax-triton is installed")
 def test_without_the_extra_xla_does_it_and_the_name_is_refused():
     spec = NAMED["gqa8_128"]
