@@ -9,6 +9,7 @@ above 100 % where the data of a small shape stays in a cache from one round to t
 Examples:
   python -m experiments.kernel_bench
   python -m experiments.kernel_bench --op decode_attention --spec 8b_1024 --dtype bfloat16
+  python -m experiments.kernel_bench --op window_scores --op masked_eviction --spec 8b_128k
   python -m experiments.kernel_bench --large --out kernels.json
 """
 
@@ -31,8 +32,13 @@ from experiments.core.measure import bytes_per_second, flops_per_second, loop_se
 from experiments.core.options import Parser, count_of
 from experiments.core.storage import dump_json, write_atomic
 from experiments.core.table import TextTable, human_bytes, print_tables
-from pallas_kernels.decode_attention import decode_attention, specs
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention.specs import SPECS as DECODE_ATTENTION
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.masked_eviction import masked_eviction
+from pallas_kernels.masked_eviction.specs import SPECS as MASKED_EVICTION
+from pallas_kernels.window_scores import window_scores
+from pallas_kernels.window_scores.specs import SPECS as WINDOW_SCORES
 
 
 class Spec(Protocol):
@@ -60,11 +66,23 @@ class Op(NamedTuple):
     bind: Callable[[Any, Implementation], Callable[..., Any]]
 
 
-def _decode_attention(spec: specs.Spec, implementation: Implementation) -> Callable[..., Any]:
+def _decode_attention(spec: Any, implementation: Implementation) -> Callable[..., Any]:
     return lambda *args: decode_attention(*args, **spec.options, implementation=implementation)
 
 
-OPS = {"decode_attention": Op(specs.SPECS, _decode_attention)}
+def _window_scores(spec: Any, implementation: Implementation) -> Callable[..., Any]:
+    return lambda *args: window_scores(*args, form=spec.form, implementation=implementation)
+
+
+def _masked_eviction(spec: Any, implementation: Implementation) -> Callable[..., Any]:
+    return lambda *args: masked_eviction(*args, **spec.options, implementation=implementation)
+
+
+OPS = {
+    "decode_attention": Op(DECODE_ATTENTION, _decode_attention),
+    "window_scores": Op(WINDOW_SCORES, _window_scores),
+    "masked_eviction": Op(MASKED_EVICTION, _masked_eviction),
+}
 
 # Largest error relative to the largest number of the result.
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}

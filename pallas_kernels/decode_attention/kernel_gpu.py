@@ -1,6 +1,6 @@
 """Attention of one new token over cache slots on GPU: Triton, split over the slots.
 
-Importing this file needs jax-triton. Each program takes one cache head and one part of its slots
+Importing this file needs Triton. Each program takes one cache head and one part of its slots
 with all query heads that share it, and leaves a numerator, a peak and a total; XLA puts the parts
 together.
 """
@@ -21,6 +21,7 @@ from pallas_kernels.decode_attention.reference import softmax
 from pallas_kernels.decode_attention.tiling import Tiling, gpu_tiling, power_of_two
 from pallas_kernels.quantized import QuantArray
 from pallas_kernels.triton_extra import triton_call
+from pallas_kernels.triton_functions import soft_cap
 
 # The fewest rows of a matrix product.
 _ROWS = 16
@@ -196,11 +197,7 @@ def part_kernel(  # type: ignore[no-untyped-def]
         logits = scale * tl.dot(q, tl.trans(k), input_precision="ieee")
         if QUANTIZED:
             logits *= tl.load(k_scale_ptr + base + slot, mask=used, other=0.0)[None, :]
-        if softcap != 0.0:
-            # tanh(x) by exp(-2|x|), which cannot overflow.
-            bent = logits / softcap
-            power = tl.exp(-2.0 * tl.abs(bent))
-            logits = softcap * tl.where(bent < 0.0, -1.0, 1.0) * (1.0 - power) / (1.0 + power)
+        logits = soft_cap(logits, softcap)
         logits = tl.where(seen, logits, float("-inf"))
         if WEIGHTS:
             at_logits = (head * group + row)[:, None] * slots + slot[None, :]

@@ -84,6 +84,11 @@ class Spec:
             jnp.asarray(budget, jnp.int32),
         )
 
+    @property
+    def flops(self) -> int:
+        """None: it compares and moves."""
+        return 0
+
     def read_bytes(self, dtype: DTypeLike) -> int:
         """That any implementation moves: all scores once, what stays twice."""
         number = 1 if self.int8 else jnp.dtype(dtype).itemsize

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, Kernel, dispatch
+from pallas_kernels.triton_extra import run_triton, without_triton
 from pallas_kernels.window_scores import kernel_tpu, reference
 from pallas_kernels.window_scores.form import Kind, ScoreForm
 from pallas_kernels.window_scores.reference import (
@@ -21,6 +22,10 @@ from pallas_kernels.window_scores.reference import (
     window_visible,
 )
 from pallas_kernels.window_scores.tiling import Tiling, default_tiling
+
+# Of the window and of a head, on GPU.
+_MOST_ROWS = 64
+_MOST_SIZE = 256
 
 __all__ = [
     "Kind",
@@ -64,7 +69,9 @@ def window_scores(
     write nothing of the size of the keys but the scores. Attention alone does not read V, and
     given `log_sums` reads K once. The outputs of the prompt's own attention are no substitute for
     the first pass: they are rounded to the model's type, and from a sum over all keys 1 - A and
-    o - v of a key with nearly all weight cannot be recovered.
+    o - v of a key with nearly all weight cannot be recovered. On a GPU the kernels need
+    jax-triton, windows of at most 64 queries and heads of at most 256 numbers; where a group has
+    more rows than one program holds, programs side by side load the same keys.
 
     In the aggregated form the kernels take the key that may hold more than half of the average
     among those that lead a row, which is exact as long as the rows that see something have all
@@ -86,7 +93,7 @@ def window_scores(
         log_sums: log of each row's sum of exp(logits) over all T keys, +inf for rows that see
             none, if known. Used by the kernels for attention only.
         implementation: see `dispatch`.
-        tiling: of the kernels; by the shapes if None.
+        tiling: of the kernels; by platform and shapes if None.
 
     Raises:
         ValueError: arguments that do not fit together.
@@ -94,8 +101,10 @@ def window_scores(
     """
     arrays = (q, k, v, factor, row_weights, query_positions, key_positions)
     _validate(*arrays, form=form)
-    if tiling is None:
-        tiling = default_tiling(k.shape[2], q.shape[1] // k.shape[1] * q.shape[2])
+
+    def triton(*args: Any) -> Array:
+        kernel = run_triton("window_scores", "window_scores_triton")
+        return kernel(*args[:-2], args[-1], form=form, tiling=tiling)
 
     return dispatch(
         "window_scores",
@@ -110,6 +119,7 @@ def window_scores(
                 functools.partial(_by_tpu, form=form, tiling=tiling),
                 _refusal_tpu(q, k, form),
             ),
+            Kernel("triton", triton, _refusal_triton(q, k, v, form)),
         ),
     )
 
@@ -118,7 +128,10 @@ def _by_reference(*args: Any, form: ScoreForm) -> Array:
     return reference.window_scores(*args[:-1], form=form)
 
 
-def _by_tpu(*args: Any, form: ScoreForm, tiling: Tiling) -> Array:
+def _by_tpu(*args: Any, form: ScoreForm, tiling: Tiling | None) -> Array:
+    q, k, *_ = args
+    if tiling is None:
+        tiling = default_tiling(k.shape[2], q.shape[1] // k.shape[1] * q.shape[2])
     inputs = (*args[:-2], args[-1])  # all but the weights
     return kernel_tpu.window_scores(*inputs, form=form, tiling=tiling)
 
@@ -129,6 +142,19 @@ def _refusal_tpu(q: Array, k: Array, form: ScoreForm) -> str | None:
     if not {q.dtype, k.dtype} <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         return f"q and k are {q.dtype} and {k.dtype}, not float32 or bfloat16"
     return None
+
+
+def _refusal_triton(q: Array, k: Array, v: Array | None, form: ScoreForm) -> str | None:
+    if form.past == 0:
+        return "there is nothing to score"
+    if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"q is {q.dtype}, not float32, bfloat16 or float16"
+    for name, x in (("k", k), ("v", v)):
+        if x is not None and (x.dtype, x.shape[-1]) != (q.dtype, q.shape[-1]):
+            return f"{name} is {x.dtype} with heads of {x.shape[-1]}, other than q"
+    if q.shape[2] > _MOST_ROWS or q.shape[3] > _MOST_SIZE:
+        return f"a window of {q.shape[2]} or heads of {q.shape[3]} do not fit into registers"
+    return without_triton("window_scores")
 
 
 def _validate(

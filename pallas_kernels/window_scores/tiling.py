@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
+from pallas_kernels.decode_attention.tiling import power_of_two
+
 LANES = 128
+# On GPU: bytes of a block of keys and of the queries in pass 1, numbers of a block of values in
+# pass 2; small enough for 99 KiB of shared memory, what the smallest GPUs have, and for registers.
+_GPU_KEYS_BYTES = 8 * 1024
+_GPU_ROWS_BYTES = 32 * 1024
+_GPU_SCORED = 8192
+# Programs that fill a large GPU twice; more parts only add to what is combined.
+_GPU_PROGRAMS = 264
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,9 +22,21 @@ class Tiling:
 
     Attributes:
         keys: a multiple of 128 on a TPU, a power of two, at least 16, on a GPU.
+        parts: of the keys that run side by side in pass 1, GPU only.
+        rows: query rows of a program of pass 1, a power of two, at least 16, GPU only.
+        scored: keys of a program of pass 2, a power of two, at least 16, GPU only.
+        ranks: columns of the factor that pass 2 multiplies by at a time, likewise.
+        num_warps: of a program, GPU only.
+        num_stages: blocks that are in flight in pass 1, GPU only.
     """
 
     keys: int
+    parts: int = 1
+    rows: int = 16
+    scored: int = 16
+    ranks: int = 16
+    num_warps: int = 8
+    num_stages: int = 2
 
     def __post_init__(self) -> None:
         """Refuses what no kernel runs with.
@@ -25,6 +46,9 @@ class Tiling:
         """
         if self.keys < 16 or self.keys % 16:
             raise ValueError(f"keys: expected a positive multiple of 16, got {self.keys}")
+        for name in ("parts", "rows", "scored", "ranks", "num_warps", "num_stages"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
 def default_tiling(columns: int, rows: int) -> Tiling:
@@ -36,3 +60,22 @@ def default_tiling(columns: int, rows: int) -> Tiling:
     """
     fitting = max(2**17 // max(rows, 1) // LANES * LANES, LANES)
     return Tiling(keys=min(fitting, 512, -(-columns // LANES) * LANES))
+
+
+def gpu_tiling(*, lists: int, columns: int, rows: int, head_dim: int, itemsize: int) -> Tiling:
+    """Blocks that fit shared memory, and as many parts as fill the GPU.
+
+    Args:
+        lists: B · K.
+        columns: T.
+        rows: M = G · W, query rows that share a key/value head.
+        head_dim: H.
+        itemsize: bytes of a number.
+    """
+    entry = power_of_two(head_dim) * itemsize
+    keys = max(16, min(64, _GPU_KEYS_BYTES // entry))
+    tile = max(16, min(power_of_two(rows), _GPU_ROWS_BYTES // entry))
+    programs = lists * -(-rows // tile)
+    parts = max(1, min(-(-columns // keys), _GPU_PROGRAMS // programs))
+    scored = max(16, min(64, _GPU_SCORED // power_of_two(head_dim)))
+    return Tiling(keys=keys, parts=parts, rows=tile, scored=scored)

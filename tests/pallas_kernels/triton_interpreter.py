@@ -20,6 +20,7 @@ import numpy as np
 
 from pallas_kernels.decode_attention.tiling import Tiling
 from pallas_kernels.masked_eviction.specs import SPECS as EVICTIONS
+from pallas_kernels.window_scores.specs import SPECS as SCORES
 from tests.pallas_kernels.cases import CASES, expected, poisoned
 
 
@@ -68,13 +69,17 @@ class FakeTensor:
 
 def interpreted(kernel, inputs, outputs, *, name, grid, zeroed=(), **options):
     """In the place of `triton_call`; what is not written holds what is no result."""
-    fresh = [
-        np.full(x.shape, 0 if i in zeroed else _unwritten(x.dtype), x.dtype)
-        for i, x in enumerate(outputs)
-    ]
-    tensors = [FakeTensor(np.array(x)) for x in inputs]
-    kernel[grid](*tensors, *map(FakeTensor, fresh), **options)
-    return tuple(map(jnp.asarray, fresh))
+
+    def launch(*arrays):
+        fresh = [
+            np.full(x.shape, 0 if i in zeroed else _unwritten(x.dtype), x.dtype)
+            for i, x in enumerate(outputs)
+        ]
+        tensors = [FakeTensor(np.array(x)) for x in arrays]
+        kernel[grid](*tensors, *map(FakeTensor, fresh), **options)
+        return tuple(fresh)
+
+    return jax.pure_callback(launch, tuple(outputs), *inputs)
 
 
 def _unwritten(dtype):
@@ -111,13 +116,14 @@ def decode_attention():
         for dtype in (jnp.float32, jnp.float16):
             for name, tiling in tilings.items():
                 inputs = spec.inputs(dtype)
-                ours = decode_attention_triton(
-                    *poisoned(spec, inputs),
+                run = functools.partial(
+                    decode_attention_triton,
                     **spec.options,
                     weights=True,
                     tiling=tiling,
                     call=interpreted,
                 )
+                ours = jax.jit(run)(*poisoned(spec, inputs))
                 theirs = expected(spec, inputs)
                 yield f"{spec.name} {dtype.__name__} {name}", list(map(difference, ours, theirs))
 
@@ -135,15 +141,61 @@ def masked_eviction():
                 run = functools.partial(
                     kernel_gpu.masked_eviction_triton, **spec.options, call=interpreted
                 )
-                check(spec, dtype, run)
+                check(spec, dtype, jax.jit(run))
                 yield f"{spec.name} {dtype}", None
 
 
-OPS = {f.__name__: f for f in (decode_attention, masked_eviction)}
+def window_scores():
+    """Errors against the reference, and against float64 where one key has nearly all weight."""
+    from pallas_kernels.window_scores.kernel_gpu import window_scores_triton
+    from pallas_kernels.window_scores.reference import window_scores as reference
+    from pallas_kernels.window_scores.tiling import Tiling
+    from tests.pallas_kernels.test_window_scores import heavy_case
+
+    several = Tiling(keys=32, parts=2, rows=16, scored=64, ranks=64)
+    cases = [(spec, jnp.float32, several) for spec in SCORES if not spec.large]
+    cases += [
+        (spec, dtype, None)
+        for spec in SCORES
+        for dtype in (jnp.bfloat16, jnp.float16)
+        if spec.name in ("mha_64", "gqa8_128")
+    ]
+    for spec, dtype, tiling in cases:
+        q, k, v, factor, mean, queries, places = spec.inputs(dtype)
+        unused = (jnp.broadcast_to(places, k.shape[:3]) < 0)[..., None]
+        poisoned = [jnp.where(unused, jnp.nan, x).astype(dtype) for x in (k, v)]
+        rest = factor, mean, queries, places
+        run = functools.partial(
+            window_scores_triton,
+            log_sums=None,
+            form=spec.form,
+            tiling=tiling,
+            call=interpreted,
+        )
+        theirs = jax.jit(functools.partial(reference, form=spec.form))(q, k, v, *rest)
+        yield f"{spec.name} {dtype.__name__}", relative(jax.jit(run)(q, *poisoned, *rest), theirs)
+    for kind in ("aggregated", "per_query"):
+        for rest in (1e-5, 1e-7):
+            args, form, theirs = heavy_case(kind, rest)
+            run = functools.partial(
+                window_scores_triton, log_sums=None, form=form, tiling=several, call=interpreted
+            )
+            yield f"heavy {kind} {rest}", relative(jax.jit(run)(*args), theirs)
+
+
+def relative(ours, theirs):
+    """Largest error over the score and a thousandth of the median; NaN if there is any."""
+    ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
+    least = 1e-3 * np.median(theirs[theirs > 0.0])
+    return float(np.max(np.abs(ours - theirs) / (theirs + least)))
+
+
+OPS = {f.__name__: f for f in (decode_attention, masked_eviction, window_scores)}
 
 
 def main() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_disable_most_optimizations", True)
     multiply_bfloat16()
     print(json.dumps(dict(OPS[sys.argv[1]]())))
 
