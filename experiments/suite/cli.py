@@ -19,10 +19,10 @@ what is written:
   MODEL/PART/    each benchmark's own results folder
 
 examples:
-  # both small models, half an hour on two CPU cores
+  # both small models, meant for half an hour on two CPU cores
   python -m experiments.suite
 
-  # a few minutes, on a model of one's own
+  # a tiny selection, on a model of one's own
   python -m experiments.suite --quick --model DIR
 
 The report is written anew after every part. An interrupted run goes on at the next row when the
@@ -47,7 +47,9 @@ def build_parser() -> Parser:
         help="a folder, a .gguf file, or a hub id; repeat it for several (default: "
         f"{' and '.join(MODELS)})",
     )
-    parser.add_argument("--quick", action="store_true", help="a tiny selection: a few minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny selection, to see that it works"
+    )
     parser.add_argument(
         "--parts",
         metavar="A,B",
