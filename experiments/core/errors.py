@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from experiments.core.compiled import keep_compiled_programs
-
 
 class UserError(Exception):
     """A mistake in the options, the data or the surroundings.
@@ -25,7 +23,6 @@ def run_main(main: Callable[[], int | None]) -> int:
         The exit code: 2 after a `UserError`, 130 after Ctrl-C. In both cases one line went to
         the standard error.
     """
-    keep_compiled_programs()
     try:
         return main() or 0
     except UserError as error:

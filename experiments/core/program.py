@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+from experiments.core.compiled import keep_compiled_programs
 from experiments.core.engine import EvictionEngine, question_room
 from experiments.core.environment import environment, package_version
 from experiments.core.errors import UserError
@@ -84,11 +85,12 @@ def read_policies(args: argparse.Namespace) -> tuple[PolicyText, ...]:
 
 
 def load_model(args: argparse.Namespace) -> models.LanguageModel:
-    """Loads the model of a run.
+    """Loads the model of a run, whose compiled programs are kept on disk.
 
     Raises:
         UserError: it cannot be had.
     """
+    keep_compiled_programs()
     try:
         return models.load(args.model or _DEFAULT_MODEL, dtype=args.dtype)
     except models.CheckpointError as error:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import models
+from experiments.core.compiled import keep_compiled_programs
 from experiments.core.errors import UserError, run_main
 from experiments.core.options import Parser, count_of
 from experiments.core.storage import RowFile, locked, write_atomic
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     lengths, budgets = (_numbers(args, name) for name in ("lengths", "budgets"))
     tasks, modes = (_names(args, "tasks", tuple(TASKS)), _names(args, "modes", MODES))
+    keep_compiled_programs()
     try:
         loaded = models.load(args.model)
     except models.CheckpointError as error:

@@ -247,7 +247,8 @@ def test_rings_and_questions_on_a_mesh():
         results.append((tokens, after, [cache.kept_positions(i) for i in range(2)]))
     (tokens, after, kept), (ours, sharded, ours_kept) = results
     np.testing.assert_array_equal(ours, tokens)
-    np.testing.assert_allclose(sharded, after, atol=ATOL)
+    # A key between two int8 levels may fall to either.
+    np.testing.assert_allclose(sharded, after, atol=2e-3)
     for theirs, own in zip(kept, ours_kept, strict=True):
         np.testing.assert_array_equal(own, theirs)
 
