@@ -19,7 +19,7 @@ several devices. With the arrays of any model's attention: `layer_inputs`, then
 """
 
 from restkv_jax.allocation import AdaKV, FrozenHeads, HeadAllocation, SharedBudget
-from restkv_jax.cache import KVCache, init_cache
+from restkv_jax.cache import KVCache, init_cache, join_rows
 from restkv_jax.calibration import HeadBudgets, calibrate_head_budgets
 from restkv_jax.checkpoint import CacheFolderError, RestoredCache, restore_cache, save_cache
 from restkv_jax.compression import CompressedLayer, compress, score, select
@@ -122,6 +122,7 @@ __all__ = [
     "generate",
     "init_cache",
     "init_decode",
+    "join_rows",
     "kl_divergence",
     "last_logits",
     "layer_inputs",

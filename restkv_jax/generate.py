@@ -130,7 +130,7 @@ def continue_from(
     headroom: int,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     stop_tokens: Sequence[int] = (),
     chunk: int = CHUNK,
 ) -> Generation:
@@ -143,12 +143,13 @@ def continue_from(
         headroom: empty slots of the cache; a cache that evicts while decoding needs none.
         max_new_tokens: most tokens to draw in each row.
         sampling: how tokens are drawn.
-        seed: row b draws with seed + b.
+        seed: row b draws with seed + b; or one for each row.
         stop_tokens: tokens that end a row.
         chunk: decode steps between two looks at whether all rows are done.
 
     Raises:
-        ValueError: `max_new_tokens` below 1 or above what the headroom holds.
+        ValueError: `max_new_tokens` below 1 or above what the headroom holds, or not one seed for
+            each row.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")

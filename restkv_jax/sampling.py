@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +45,23 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def row_keys(seed: int, batch: int) -> Key[Array, " B"]:
-    """One random key per row: row b draws as a batch of one with seed `seed + b` would."""
-    return jax.vmap(jax.random.key)(jnp.arange(batch, dtype=jnp.uint32) + jnp.uint32(seed))
+def row_keys(seed: int | Sequence[int], batch: int) -> Key[Array, " B"]:
+    """One random key per row: row b draws as a batch of one with seed `seed + b` would.
+
+    Args:
+        seed: of the first row, or one for each row, from 0 to 2³² - 1.
+        batch: B.
+
+    Raises:
+        ValueError: not one seed for each row.
+    """
+    if isinstance(seed, Sequence):
+        if len(seed) != batch:
+            raise ValueError(f"seed: expected one for each of {batch} rows, got {len(seed)}")
+        seeds = jnp.asarray(seed, jnp.uint32)
+    else:
+        seeds = jnp.arange(batch, dtype=jnp.uint32) + jnp.uint32(seed)
+    return jax.vmap(jax.random.key)(seeds)
 
 
 def sample(

@@ -120,7 +120,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_common_options(
-    parser: argparse.ArgumentParser, *, default_data: str, data_help: str
+    parser: argparse.ArgumentParser, *, default_data: str, data_help: str, generates: bool = True
 ) -> None:
     """Adds the options that every runner has, in the groups that `--help` shows.
 
@@ -128,6 +128,7 @@ def add_common_options(
         parser: the runner's parser.
         default_data: value of `--data` when it is not given.
         data_help: what `--data` may be.
+        generates: the runner's rows are answered by generation.
     """
     what = parser.add_argument_group("what is run")
     what.add_argument(
@@ -181,6 +182,13 @@ def add_common_options(
         default=0,
         help="of generated data and of sampling (default: 0)",
     )
+    if generates:
+        run.add_argument(
+            "--together",
+            action="store_true",
+            help="decode caches of equal shape as one batch: with many policies several times as "
+            "fast, but their decoding is no longer timed apart",
+        )
     run.add_argument(
         "--out",
         metavar="DIR",

@@ -197,6 +197,7 @@ def _generating(
             longest_prompt=how.longest_prompt,
             weights_bytes=language_model.weights_bytes,
             temperature=how.temperature,
+            together=args.together,
         )
         return generating(engine, language_model.tokenizer, how.prompting, args.seed)
 
@@ -229,6 +230,7 @@ def _config(
         "model": language_model.name,
         "weights": weights_fingerprint(language_model.model),
         "dtype": args.dtype,
+        **({"together": args.together} if isinstance(benchmark.how, Generation) else {}),
         "policies": {
             policy.label: describe_plan(make_plan(policy, args.budget, headroom=0))
             for policy in policies

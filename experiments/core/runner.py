@@ -31,6 +31,7 @@ class Cost:
         decode_s: seconds for the tokens that followed.
         kept_slots: filled slots after the prefill, mean over layers and heads.
         cache_bytes: bytes that the policy's cache occupies.
+        decoded_with: caches that were decoded at once, and that `decode_s` was shared out to.
     """
 
     prompt_tokens: int
@@ -39,6 +40,7 @@ class Cost:
     decode_s: float
     kept_slots: float
     cache_bytes: int
+    decoded_with: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +67,10 @@ class Answer:
     Attributes:
         token_ids: the generated tokens, the one that stopped them included.
         prefill_s: seconds for the prompt; the shared prefill counts for every policy.
-        decode_s: seconds for the generation.
+        decode_s: seconds for the generation; its share where several caches are decoded at once.
         kept_slots: filled slots after the prefill, mean over layers and heads.
         cache_bytes: bytes that the policy's cache occupies.
+        decoded_with: caches that were decoded at once.
     """
 
     token_ids: list[int]
@@ -75,6 +78,7 @@ class Answer:
     decode_s: float
     kept_slots: float
     cache_bytes: int
+    decoded_with: int = 1
 
 
 class Engine(Protocol):
@@ -145,6 +149,7 @@ def generating(engine: Engine, tokenizer: Tokenizer, prompting: Prompting, seed:
                     decode_s=answer.decode_s,
                     kept_slots=answer.kept_slots,
                     cache_bytes=answer.cache_bytes,
+                    decoded_with=answer.decoded_with,
                 ),
             )
             for policy, answer in answers.items()
@@ -187,13 +192,14 @@ def evaluate(
         first = min(counts[spec.name, policy] for policy in policies)
         progress.start_set(spec.name, len(task.rows), first)
         for index in range(first, len(task.rows)):
-            # A kill between two policies of one row leaves only some of them to be asked.
-            todo = [policy for policy in policies if counts[spec.name, policy] <= index]
             row = task.rows[index]
-            found = ask(spec, row, index, todo)
-            for policy in todo:
-                cost = dataclasses.asdict(found[policy].cost)
-                store.append(policy, spec.name, row, found[policy].prediction, cost)
+            # All policies, even where a kill between two of them left only some: together they
+            # are the same program as before, and round alike.
+            found = ask(spec, row, index, policies)
+            for policy in policies:
+                if counts[spec.name, policy] <= index:
+                    cost = dataclasses.asdict(found[policy].cost)
+                    store.append(policy, spec.name, row, found[policy].prediction, cost)
             progress.row_done()
         progress.end_set()
 

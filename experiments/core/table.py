@@ -97,7 +97,13 @@ def cost_table(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> TextTable:
             )
         )
     columns = ("policy", "kept slots", "cache", "prefill s", "decode ms/token", "tokens/s")
-    return TextTable("cost per prompt", columns, tuple(rows))
+    together = max(
+        (e.get("decoded_with", 1) for entries in timings.values() for e in entries), default=1
+    )
+    title = "cost per prompt"
+    if together > 1:
+        title += f"; up to {together} caches are decoded at once, which share the time by tokens"
+    return TextTable(title, columns, tuple(rows))
 
 
 def human_bytes(count: float) -> str:

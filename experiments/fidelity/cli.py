@@ -55,6 +55,7 @@ def build_parser() -> Parser:
         parser,
         default_data="offline",
         data_help="a folder of official files, 'hub', or 'offline'",
+        generates=False,
     )
     add_set_options(parser)
     group = parser.add_argument_group("fidelity")

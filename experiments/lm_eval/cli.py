@@ -42,6 +42,7 @@ def build_parser() -> Parser:
         parser,
         default_data="hub",
         data_help="'hub', or a folder with more task files (.yaml), which also turns the hub off",
+        generates=False,
     )
     group = parser.add_argument_group("lm-evaluation-harness")
     group.add_argument(

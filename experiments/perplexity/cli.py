@@ -48,6 +48,7 @@ def build_parser() -> Parser:
         default_data="offline",
         data_help="a text file (.txt, .raw, or .jsonl with a field 'text'; gzipped or not), a "
         "folder of them, or 'offline' (prose that Python carries)",
+        generates=False,
     )
     group = parser.add_argument_group("perplexity")
     group.add_argument(

@@ -19,8 +19,10 @@ from restkv_jax.decode import (
     Streaming,
     decode_chunk,
     decode_step,
+    extend,
     generate,
     init_decode,
+    join_rows,
     pad_prompts,
     prefill,
     row_keys,
@@ -304,3 +306,32 @@ def test_cache_bytes_are_those_of_the_arrays(model):
     assert kv.kv_bytes == 2 * 2 * 2 * (12 + 16) * 8 * 4  # K and V, layers, heads, slots, H, f32
     assert query.kv_bytes == 2 * kv.kv_bytes
     assert kv.total_bytes == kv.kv_bytes + 2 * 2 * 28 * 4 + 2 * 4 + 4
+
+
+@pytest.mark.parametrize("storage", ["model", "int8"])
+def test_rows_of_joined_caches_go_on_as_they_would_alone(model, storage):
+    tokens, valid = pad_prompts([[5 + i * i % 30 for i in range(40)], [7, 8, 9] * 8])
+    plans = tuple(
+        CachePlan(policy=policy, budget=16, headroom=8, storage=storage)
+        for policy in (SnapKV(window=4), Streaming())
+    )
+    _, caches = prefill(model, tokens, valid, plans=plans)
+    ahead = jnp.asarray([[11, 12, 13]] * 2), jnp.ones((2, 3), bool)
+    alone = [extend(model, cache, *ahead) for cache in caches]
+    joined = join_rows(caches)
+    assert joined.form == caches[0].form
+    out, cache = extend(model, joined, *(jnp.tile(x, (2, 1)) for x in ahead))
+    np.testing.assert_allclose(out, jnp.concatenate([found for found, _ in alone]), atol=1e-5)
+    for layer in range(len(cache.rows)):
+        expected = jnp.concatenate([own.kept_positions(layer) for _, own in alone])
+        np.testing.assert_array_equal(cache.kept_positions(layer), expected)
+
+
+def test_caches_of_other_forms_are_not_joined(model):
+    tokens, valid = pad_prompts([[5 + i for i in range(40)]])
+    plans = tuple(CachePlan(policy=Streaming(), budget=b, headroom=8) for b in (16, 24))
+    _, caches = prefill(model, tokens, valid, plans=plans)
+    with pytest.raises(ValueError, match="caches: expected caches of one form, number 1 differs"):
+        join_rows(caches)
+    with pytest.raises(ValueError, match="caches: expected at least one"):
+        join_rows([])

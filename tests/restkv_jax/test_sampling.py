@@ -71,6 +71,14 @@ def test_a_row_draws_as_it_would_alone(model):
     assert again.rows() == batch.rows() != other.rows()
 
 
+def test_seeds_may_be_named_for_each_row():
+    named = jax.random.key_data(row_keys([7, 5, 7], 3))
+    one_by_one = [jax.random.key_data(row_keys(seed, 1))[0] for seed in (7, 5, 7)]
+    np.testing.assert_array_equal(named, one_by_one)
+    with pytest.raises(ValueError, match="seed: expected one for each of 3 rows, got 2"):
+        row_keys([7, 5], 3)
+
+
 def test_logprobs_are_the_models(model):
     prompt = [1, 2, 3, 4, 5]
     out = generate(
