@@ -76,20 +76,21 @@ _FIGURES = {
 }
 # Most of the time goes into compiling, once for each shape and set of policies: few lengths.
 _OPTIONS = {
-    "longbench": "--budget 128 --offline-length 1024 --offline-rows 3",
-    "ruler": "--lengths 1024 --rows 3 --tasks niah_single_1,niah_multikey_1,vt",
-    "needle": "--budget 64 --lengths 512,1024 --depths 0,25,50,75,100 --rows 1",
-    "infinitebench": "--budget 128 --lengths 1024 --rows 2 --tasks passkey,kv_retrieval",
+    "longbench": "--together --budget 128 --offline-length 1024 --offline-rows 3",
+    "ruler": "--together --lengths 1024 --rows 3 --tasks niah_single_1,niah_multikey_1,vt",
+    "needle": "--together --budget 64 --lengths 512,1024 --depths 0,25,50,75,100 --rows 1",
+    "infinitebench": "--together --budget 128 --lengths 1024 --rows 2 --tasks passkey,kv_retrieval",
     "perplexity": "--budget 64 --length 512 --rows 2",
     "fidelity": "--budget 128 --offline-length 1024 --offline-rows 1 --oracle-window 16 "
     "--sets kv_needle,quote_recall,few_shot --tokens 24",
 }
 # Both lengths of the needle are padded to the same number of columns.
 _QUICK_OPTIONS = {
-    "longbench": "--budget 64 --offline-length 512 --offline-rows 1 --sets kv_needle,few_shot",
-    "ruler": "--lengths 1024 --rows 1 --tasks vt,fwe",
-    "needle": "--budget 64 --lengths 320,384 --depths 0,100 --rows 1",
-    "infinitebench": "--budget 64 --lengths 512 --rows 1 --tasks passkey",
+    "longbench": "--together --budget 64 --offline-length 512 --offline-rows 1 "
+    "--sets kv_needle,few_shot",
+    "ruler": "--together --lengths 1024 --rows 1 --tasks vt,fwe",
+    "needle": "--together --budget 64 --lengths 320,384 --depths 0,100 --rows 1",
+    "infinitebench": "--together --budget 64 --lengths 512 --rows 1 --tasks passkey",
     "perplexity": "--budget 64 --length 256 --rows 1 --bins 4 --modes decode",
     "fidelity": "--budget 64 --offline-length 512 --offline-rows 1 --oracle-window 8 "
     "--sets few_shot --tokens 8",
