@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from typing import Any
 
@@ -47,14 +48,14 @@ def make_policy(text: PolicyText) -> Policy:
                 f"--policy {text.name}: unknown preset {preset!r}; known are {', '.join(presets)}"
             )
         build = presets[preset]
-    types = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls)
     known = [field.name for field in dataclasses.fields(cls)]
     values = {}
     for key, value in options.items():
         if key not in known:
             choices = ", ".join([*known, *(["preset"] if presets else []), *PLAN_OPTIONS])
             raise UserError(f"--policy {text.name}: unknown option {key!r}; known are {choices}")
-        values[key] = _read(text.name, key, value, types[key])
+        values[key] = _read(text.name, key, value, hints[key])
     try:
         return build(**values)
     except ValueError as error:
@@ -118,6 +119,8 @@ def describe_plan(plan: CachePlan) -> dict[str, Any]:
 
 def _read(policy: str, key: str, text: str, kind: Any) -> Any:
     """An option's value: a number, a truth value or a word, by the field's type."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kind, *_ = (part for part in typing.get_args(kind) if part is not types.NoneType)
     if kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"

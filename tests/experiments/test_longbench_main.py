@@ -196,6 +196,9 @@ def test_policies_are_read_by_the_types_of_their_fields():
     assert make_policy(parse_policy("snapkv:pooling=maxpool,kernel=7")) == SnapKV(
         pooling="maxpool", kernel=7
     )
+    assert make_policy(parse_policy("tova:recent=32,sinks=4")) == TOVA(recent=32, sinks=4)
+    with pytest.raises(UserError, match="recent=many: expected a whole number"):
+        make_policy(parse_policy("tova:recent=many"))
 
 
 def test_options_of_the_cache_stand_among_those_of_the_policy():
