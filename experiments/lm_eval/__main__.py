@@ -25,7 +25,9 @@ from experiments.core.table import (
     score_table,
 )
 from experiments.lm_eval.cli import build_parser
+from experiments.lm_eval.offline import TASKS, write_tasks
 from models import LanguageModel
+from models.sources import cache_folder
 from restkv_jax.decode import weights_fingerprint
 
 _DEFAULT_LENGTH = 4096
@@ -40,10 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     policies = read_policies(args)  # cheap complaints first: before anything is downloaded
     if args.data != "hub":
-        if not Path(args.data).is_dir():
-            raise UserError(f"--data {args.data}: no such folder")
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    tasks = _task_manager(args)
+    tasks = _task_manager(args, _task_folder(args))
     language_model = load_model(args)
     max_length = args.max_length or language_model.config.max_length or _DEFAULT_LENGTH
     key = {
@@ -70,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     readable = f"lm_eval-{Path(language_model.name).name}-{args.budget}"
     folder = args.out or Path("results") / folder_name(readable, config)
     print(f"model:  {language_model.name}, {language_model.weights_bytes / 1e6:.0f} MB of weights")
-    print(f"tasks:  {args.tasks}", flush=True)
+    print(f"tasks:  {args.tasks}")
+    if args.data == "offline":
+        print("        These are two tasks of OURS, from Python's own texts: no known benchmark.")
+        print("        The harness's: --data hub, or --data DIR with task files.")
+    sys.stdout.flush()
     with ResultStore.open(folder, config) as store:
         store.write_meta({"finished": False, "environment": environment()})
         # The harness remembers answers by the request alone: a file for all that they depend on.
@@ -164,13 +168,27 @@ def _report(store: ResultStore, found: dict[str, Any], compression: TextTable) -
     return tables
 
 
-def _task_manager(args: argparse.Namespace) -> Any:
+def _task_folder(args: argparse.Namespace) -> Path | None:
+    """The folder that `--data` names, None for the hub; chooses tasks where none are named."""
+    if args.data == "offline":
+        args.tasks = args.tasks or ",".join(TASKS)
+        return write_tasks(cache_folder())
+    if args.tasks is None:
+        raise UserError("--tasks: expected the names of tasks; only --data offline has a default")
+    if args.data == "hub":
+        return None
+    if not Path(args.data).is_dir():
+        raise UserError(f"--data {args.data}: no such folder")
+    return Path(args.data)
+
+
+def _task_manager(args: argparse.Namespace, folder: Path | None) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise UserError('the harness is not installed: pip install "restkv-jax[eval]"') from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    tasks = TaskManager(include_path=None if args.data == "hub" else str(args.data))
+    tasks = TaskManager(include_path=None if folder is None else str(folder))
     for name in args.tasks.split(","):
         if not tasks.match_tasks([name.strip()]):
             raise UserError(f"--tasks: unknown task {name.strip()!r}")

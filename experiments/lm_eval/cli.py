@@ -20,6 +20,9 @@ what is written:
   table.md, run_meta.json
 
 examples (pip install "restkv-jax[eval]"):
+  # two tasks made from the texts that every Python carries, twenty rows of each
+  python -m experiments.lm_eval --data offline --limit 20 --budget 64
+
   # 100 rows of two tasks from the hub
   python -m experiments.lm_eval --tasks lambada_openai,truthfulqa_mc2 --limit 100
 
@@ -41,15 +44,16 @@ def build_parser() -> Parser:
     add_common_options(
         parser,
         default_data="hub",
-        data_help="'hub', or a folder with more task files (.yaml), which also turns the hub off",
+        data_help="'hub', a folder with more task files (.yaml), or 'offline' (two tasks of ours); "
+        "the last two also turn the hub off",
         generates=False,
     )
     group = parser.add_argument_group("lm-evaluation-harness")
     group.add_argument(
         "--tasks",
         metavar="A,B",
-        required=True,
-        help="tasks or groups of them, separated by commas, as the harness names them",
+        help="tasks or groups of them, separated by commas, as the harness names them (default, "
+        "with --data offline: its two)",
     )
     group.add_argument(
         "--fewshot",
