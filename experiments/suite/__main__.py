@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import shlex
 import sys
 import time
@@ -68,7 +69,7 @@ def run_parts(
         report: filled, see `suite.json`.
 
     Returns:
-        The parts that could not be run, each with its reason.
+        The parts that failed, each with its reason; not those that lack an extra.
     """
     failed = []
     for folder, model in models.items():
@@ -86,11 +87,15 @@ def run_parts(
                 "error": None,
             }
             started = time.monotonic()
+            missing = part.needs is not None and importlib.util.find_spec(part.needs) is None
             try:
+                if missing:
+                    raise UserError(f'needs {part.needs} (pip install "restkv-jax[eval]")')
                 importlib.import_module(f"experiments.{part.benchmark}.__main__").main(arguments)
             except UserError as error:
                 entry["error"] = " ".join(str(error).split())
-                failed.append(f"{own}: {entry['error']}")
+                if not missing:  # what an extra would add is no part of a run without it
+                    failed.append(f"{own}: {entry['error']}")
             else:
                 entry |= collect(part, out, own, plots=not args.no_plots)
             seconds = round(time.monotonic() - started, 1)

@@ -27,8 +27,9 @@ examples:
 
 The report is written anew after every part. An interrupted run goes on at the next row when the
 same command is given again; a part that cannot be run, for want of its texts say, is named in the
-report and the others go on. lm_eval and humaneval are not in the selection: their data come from
-elsewhere. Few rows, small models: a check of the whole path and a first look, not a ranking.
+report and the others go on. lm_eval is left out without the package of that name. All texts are
+made from what Python and small wheels carry. Few rows, small models: a check of the whole path and
+a first look, not a ranking.
 """
 
 

@@ -23,6 +23,7 @@ class Part:
         policies: what is compared, as on the command line.
         figures: patterns of the pictures in its results folder that the report shows.
         curve: whether its policies have several budgets, so that scores are drawn over bytes.
+        needs: a package of the extra `eval` without which it is left out.
     """
 
     benchmark: str
@@ -31,6 +32,7 @@ class Part:
     policies: tuple[str, ...]
     figures: tuple[str, ...] = ()
     curve: bool = False
+    needs: str | None = None
 
     @property
     def name(self) -> str:
@@ -63,6 +65,10 @@ _ABOUT = {
     "needle": "One sentence at every depth of a text, and a question for it.",
     "infinitebench": "Tasks of InfiniteBench that are generated, at a length that small models "
     "hold.",
+    "humaneval": "Small functions to complete behind other source code. Nothing is executed: the "
+    "score is the share of completions that are Python at all.",
+    "lm_eval": "Two tasks of ours in the lm-evaluation-harness, made from the texts that every "
+    "Python carries: the last word of a passage, the next line of a source file.",
     "perplexity": "How well a text is predicted from a cache that is evicted while the text goes "
     "on (decode), or once before the rest of it (prefill). Lower is better.",
     "fidelity": "What eviction changes inside the model, all against the full cache of the same "
@@ -80,6 +86,8 @@ _OPTIONS = {
     "ruler": "--together --lengths 1024 --rows 3 --tasks niah_single_1,niah_multikey_1,vt",
     "needle": "--together --budget 64 --lengths 512,1024 --depths 0,25,50,75,100 --rows 1",
     "infinitebench": "--together --budget 128 --lengths 1024 --rows 2 --tasks passkey,kv_retrieval",
+    "humaneval": "--together --budget 128 --lengths 1024 --max-new-tokens 64 --limit 4",
+    "lm_eval": "--data offline --budget 64 --limit 8 --max-length 1024",
     "perplexity": "--budget 64 --length 512 --rows 2",
     "fidelity": "--budget 128 --offline-length 1024 --offline-rows 1 --oracle-window 16 "
     "--sets kv_needle,quote_recall,few_shot --tokens 24",
@@ -91,6 +99,8 @@ _QUICK_OPTIONS = {
     "ruler": "--together --lengths 1024 --rows 1 --tasks vt,fwe",
     "needle": "--together --budget 64 --lengths 320,384 --depths 0,100 --rows 1",
     "infinitebench": "--together --budget 64 --lengths 512 --rows 1 --tasks passkey",
+    "humaneval": "--together --budget 64 --lengths 512 --max-new-tokens 16 --limit 1",
+    "lm_eval": "--data offline --budget 64 --limit 1 --max-length 256",
     "perplexity": "--budget 64 --length 256 --rows 1 --bins 4 --modes decode",
     "fidelity": "--budget 64 --offline-length 512 --offline-rows 1 --oracle-window 8 "
     "--sets few_shot --tokens 8",
@@ -122,4 +132,5 @@ def _part(name: str, quick: bool) -> Part:
         policies=policies,
         figures=_FIGURES.get(name, ()),
         curve=curve,
+        needs="lm_eval" if name == "lm_eval" else None,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib
+import importlib.util
 import json
 import re
 from html.parser import HTMLParser
@@ -155,7 +156,7 @@ def test_a_finished_run_asks_nothing_and_an_interrupted_one_what_is_left(
     row = finished / FOLDER / "needle/pred/streaming/384.jsonl"
     row.write_bytes(row.read_bytes().splitlines(keepends=True)[0])
     assert run(finished) == 0
-    assert asked == [["streaming"]]
+    assert asked == [["full", "streaming", "restkv"]]  # together, as they were
     after = json.loads((finished / "suite.json").read_text())["models"][0]["parts"][1]["results"]
     assert after == before
 
@@ -191,6 +192,16 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, monke
     assert page.count("Not run: --data: no &lt;b&gt;words&lt;/b&gt; here") == 2
     assert "<b>" not in page
     assert Page(page).tables == [("t <1>", [["a"], ["x & y"]])] * 2
+
+
+def test_a_part_without_its_extra_is_left_out(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "lm_eval" else found(name)
+    )
+    out = tmp_path / "run"
+    assert run(out, "--parts", "lm_eval", "--no-plots") == 0
+    assert "needs lm_eval" in (out / "report.html").read_text()
 
 
 @pytest.mark.parametrize("quick", [False, True])
