@@ -6,7 +6,7 @@ import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from experiments.core.progress import RunProgress
 from experiments.core.results import Record, ResultStore, prediction_row
@@ -21,6 +21,9 @@ from experiments.core.table import (
 )
 from experiments.core.tasks import TaskSet
 from experiments.core.uncertainty import Average, Scores
+
+# Of more policies than these only the differences to the first one are printed.
+_FEW = 6
 
 # What a benchmark adds to the results of a finished run: files in the folder, further tables.
 Finish = Callable[[ResultStore, Scores], Sequence[TextTable]]
@@ -79,7 +82,8 @@ def run_session(
 
     Returns:
         Tables of scores, of differences between policies, the benchmark's own, and of costs. The
-        folder's `table.md` has them too, with the differences of each set where there are averages.
+        folder's `table.md` has them too, with the differences of each set where there are averages,
+        and between all policies where here only those to the first one are.
 
     Raises:
         UserError: if the folder is in use, holds another configuration, or cannot be written.
@@ -149,4 +153,9 @@ def _write_tables(
     if not result["averages"]:
         of_averages = []
     write_atomic(folder / "table.md", markdown([scores, *own, *of_averages, *of_sets, costs]))
-    return [scores, *own, *(of_averages or of_sets), costs]
+    printed = of_averages or of_sets
+    policies = list(result["score"])
+    if len(policies) > _FEW:
+        of: Literal["averages", "sets"] = "averages" if of_averages else "sets"
+        printed = [difference_table(result, of, digits, against=policies[0])]
+    return [scores, *own, *printed, costs]

@@ -47,7 +47,11 @@ def score_table(title: str, result: Mapping[str, Any], digits: int = 2) -> TextT
 
 
 def difference_table(
-    result: Mapping[str, Any], of: Literal["sets", "averages"], digits: int = 2
+    result: Mapping[str, Any],
+    of: Literal["sets", "averages"],
+    digits: int = 2,
+    *,
+    against: str | None = None,
 ) -> TextTable:
     """What each policy gains on each earlier one on the same rows, with the interval.
 
@@ -55,7 +59,9 @@ def difference_table(
         result: the content of `result.json`.
         of: differences of each set, or of the averages.
         digits: decimals.
+        against: the only policy that the others are held against; None holds all against all.
     """
+    pairs = [pair for pair in result["paired"] if against in (None, pair["against"])]
     rows = [
         (
             name,
@@ -63,12 +69,13 @@ def difference_table(
             str(entry["n"]),
             *_difference(entry, digits),
         )
-        for name in (result["paired"][0][of] if result["paired"] else ())
-        for pair in result["paired"]
+        for name in (pairs[0][of] if pairs else ())
+        for pair in pairs
         for entry in (pair[of][name],)
     ]
     columns = ("set", "policies", "n", "difference", "95 % interval")
-    return TextTable(f"paired differences, {of}", columns, tuple(rows))
+    title = f"paired differences, {of}"
+    return TextTable(title if against is None else f"{title}, to {against}", columns, tuple(rows))
 
 
 def cost_table(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> TextTable:

@@ -229,6 +229,14 @@ def test_one_call_serves_all_policies(tmp_path):
     assert "| chat | 3 |" in (tmp_path / "table.md").read_text()
 
 
+def test_of_many_policies_only_differences_to_the_first_are_printed(tmp_path, monkeypatch):
+    policies = tuple(f"p{i}" for i in range(7))
+    monkeypatch.setattr(f"{__name__}.POLICIES", policies)
+    *_, printed, _ = session(tmp_path, FakeEngine())[0]
+    assert {row[1] for row in printed.rows} == {f"{policy} - p0" for policy in policies[1:]}
+    assert "p6 - p5" in (tmp_path / "table.md").read_text()
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("rows", range(5))
 def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, rows, error):

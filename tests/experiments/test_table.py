@@ -73,6 +73,12 @@ def test_difference_table():
     averages = difference_table(RESULT, "averages")
     assert averages.rows == (("mean of sets", "restkv - full", "5", "+1.00", "+0.50 to +2.00"),)
     assert difference_table({"paired": []}, "sets").rows == ()
+    other = {**RESULT["paired"][0], "policy": "tova", "against": "restkv"}
+    more = {"paired": [other, *RESULT["paired"]]}
+    assert len(difference_table(more, "averages").rows) == 2
+    to_full = difference_table(more, "averages", against="full")
+    assert to_full.title == "paired differences, averages, to full"
+    assert to_full.rows == averages.rows
 
 
 def test_cost_table_takes_medians_of_times():
