@@ -50,6 +50,8 @@ class SetSpec:
         chat: False keeps the prompt free of the chat template (few-shot and completion sets).
         first_line_only: score the first non-empty line of the prediction only.
         stop_at_newline: end the generation at the first newline.
+        delimiter: what separates the prompt from the answer's beginning where no chat template
+            does.
     """
 
     name: str
@@ -59,6 +61,7 @@ class SetSpec:
     chat: bool = True
     first_line_only: bool = False
     stop_at_newline: bool = False
+    delimiter: str = "\n"
 
     def __post_init__(self) -> None:
         if "{context}" not in self.prompt:

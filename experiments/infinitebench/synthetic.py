@@ -12,7 +12,8 @@ from experiments.core.errors import UserError
 from experiments.core.fitting import fit_units, largest_fit
 from experiments.core.tasks import CountTokens, Measure, Row, SetSpec, TaskSet
 from experiments.infinitebench.tasks import TASKS, make_spec
-from experiments.ruler.draws import NOISE, depths_of, spread
+from experiments.ruler.draws import depths_of, spread
+from experiments.ruler.wordings import NOISE
 
 # Shortest pair of `kv_retrieval`, in tokens: no tokenizer has tokens for whole identifiers.
 _LEAST_PAIR = 16
