@@ -17,10 +17,12 @@ from experiments.core.program import (
 )
 from experiments.core.tasks import Row
 from experiments.ruler.cli import build_parser
+from experiments.ruler.official import official_wordings
 from experiments.ruler.scoring import score_prediction
 from experiments.ruler.sources import Sources
 from experiments.ruler.summary import write_summaries
 from experiments.ruler.tasks import TASKS, averages_of, build_sets
+from experiments.ruler.wordings import OWN
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,22 +33,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     policies = read_policies(args)  # cheap complaints first: before anything is downloaded
+    wordings = official_wordings() if args.prompts == "official" else OWN
     sources = Sources(args.data)
     language_model = load_model(args)
     measure, how = made_to_measure(args, language_model)
     names = args.tasks or list(TASKS)
-    sets, notes = build_sets(names, sources, measure, explicit=args.tasks is not None)
+    sets, notes = build_sets(
+        names, sources, measure, explicit=args.tasks is not None, wordings=wordings
+    )
     announce(language_model, sets, notes)
     benchmark = Benchmark(
         name="ruler",
-        title=f"RULER's tasks (own wordings, {mode_of(args)}), score 0-100",
+        title=f"RULER's tasks ({args.prompts} wordings, {mode_of(args)}), score 0-100",
         sets=sets,
         averages=averages_of(sets),
         how=how,
         score=score_prediction,
         record=prediction_row,
         finish=lambda store, scores: write_summaries(store, scores, sets),
-        settings=prompt_settings(args),
+        settings={"prompts": args.prompts, **prompt_settings(args)},
     )
     return run_benchmark(args, language_model, policies, benchmark)
 
