@@ -20,6 +20,7 @@ def fit_units(
     *,
     least: int,
     what: str,
+    separator: str = "\n",
 ) -> tuple[str, list[str]]:
     """As many last units of a pool as fit, and the end of what comes before them.
 
@@ -30,6 +31,7 @@ def fit_units(
         length: most tokens.
         least: units without which the prompt makes no sense.
         what: name of the set, for the message.
+        separator: stands between two units.
 
     Returns:
         The end of the text before, possibly empty, and the whole units in reading order. The
@@ -44,7 +46,7 @@ def fit_units(
         raise UserError(f"set {what}: {length} tokens are too few for it")
     whole = tail(pool, count)
     # Two units, because a whole one can bring more than its own text, such as a new heading.
-    before = "\n".join(tail(pool, count + 2)[:2])
+    before = separator.join(tail(pool, count + 2)[:2])
 
     def end_fits(size: int) -> bool:
         return tokens_of(before[len(before) - size :], whole) <= length

@@ -235,6 +235,17 @@ def add_generated_options(group: argparse._ArgumentGroup, *, rows: int) -> None:
     )
 
 
+def add_prompts_option(group: argparse._ArgumentGroup) -> None:
+    """Adds the choice of the prompts' wordings (see `harness`)."""
+    group.add_argument(
+        "--prompts",
+        choices=("own", "official"),
+        default="own",
+        help="own: wordings of this project; official: read from the installed lm_eval package "
+        "(default: own)",
+    )
+
+
 def parse_lengths(text: str) -> tuple[int, ...]:
     """Reads lengths in tokens, "4096" or "4k".
 

@@ -101,7 +101,7 @@ def build_prompt(row: Row, spec: SetSpec, tokenizer: Tokenizer, prompting: Promp
             # The template writes the beginning-of-sequence token itself where one is wanted.
             chat = tokenizer.apply_chat([{"role": "user", "content": text}])
             return tokenizer.encode(chat + prefix, add_bos=False)
-        return tokenizer.encode(f"{text}\n{prefix}" if prefix else text)
+        return tokenizer.encode(f"{text}{spec.delimiter}{prefix}" if prefix else text)
 
     ids = encode(text, row.answer_prefix)
     if not ids:

@@ -41,6 +41,7 @@ def describe_sets(sets: Sequence[TaskSet]) -> dict[str, Any]:
             "chat": task.spec.chat,
             "first_line_only": task.spec.first_line_only,
             "stop_at_newline": task.spec.stop_at_newline,
+            "delimiter": task.spec.delimiter,
         }
         for task in sets
     }

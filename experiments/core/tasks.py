@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _FIELD = re.compile(r"\{(context|input)\}")
@@ -50,6 +50,8 @@ class SetSpec:
         chat: False keeps the prompt free of the chat template (few-shot and completion sets).
         first_line_only: score the first non-empty line of the prediction only.
         stop_at_newline: end the generation at the first newline.
+        delimiter: what separates the prompt from the answer's beginning where no chat template
+            does.
     """
 
     name: str
@@ -59,6 +61,7 @@ class SetSpec:
     chat: bool = True
     first_line_only: bool = False
     stop_at_newline: bool = False
+    delimiter: str = "\n"
 
     def __post_init__(self) -> None:
         if "{context}" not in self.prompt:
@@ -88,6 +91,29 @@ class TaskSet:
     def checksum(self) -> str:
         """SHA-256 of the rows' content, whatever file or compression they came in."""
         return rows_checksum(self.rows)
+
+
+# (set, row) -> tokens of the whole prompt that the row makes.
+CountTokens = Callable[[SetSpec, Row], int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measure:
+    """What tasks are made to.
+
+    Attributes:
+        lengths: most tokens of prompt and generation together, one after the other.
+        rows: rows of each kind at each length.
+        seed: of everything that is drawn.
+        chat: use the model's chat template.
+        count: tokens of the whole prompt that a row makes.
+    """
+
+    lengths: tuple[int, ...]
+    rows: int
+    seed: int
+    chat: bool
+    count: CountTokens
 
 
 def fill_prompt(template: str, row: Row) -> str:

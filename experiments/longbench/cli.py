@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.core.errors import UserError
-from experiments.core.options import Parser, add_common_options, count_of, parse_names
+from experiments.core.options import (
+    Parser,
+    add_common_options,
+    add_prompts_option,
+    count_of,
+    parse_names,
+)
 from experiments.core.prompts import Prompting
 from experiments.core.tasks import SetSpec, TaskSet
 from experiments.longbench.data import load_folder, load_hub
@@ -84,13 +90,7 @@ def add_set_options(parser: argparse.ArgumentParser) -> None:
         help="official: LongBench's own (chat template but for six sets); released: that of the "
         "published ReST-KV scripts (no template, end of sequence only) (default: official)",
     )
-    group.add_argument(
-        "--prompts",
-        choices=("own", "official"),
-        default="own",
-        help="own: wordings of this project; official: read from the installed lm_eval package "
-        "(default: own)",
-    )
+    add_prompts_option(group)
     group.add_argument(
         "--offline-length",
         metavar="T",
@@ -173,9 +173,8 @@ def load_sets(
             explicit=args.sets is not None,
             even=args.longbench_e,
         )
-    wording = "official wordings" if args.prompts == "official" else "own wordings"
     name = "LongBench-E" if args.longbench_e else "LongBench"
-    return sets, f"{name} ({args.protocol} protocol, {wording}), score 0-100"
+    return sets, f"{name} ({args.protocol} protocol, {args.prompts} wordings), score 0-100"
 
 
 def _with_prompts(specs: Sequence[SetSpec], prompts: str) -> list[SetSpec]:

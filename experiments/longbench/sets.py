@@ -7,14 +7,9 @@ official ones, and the generation lengths, from an installed `lm_eval` package.
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.metadata
-import importlib.util
 import re
-from pathlib import Path
-from typing import Any
 
-from experiments.core.errors import UserError
+from experiments.core.harness import read_task, task_folder, unreadable
 from experiments.core.tasks import SetSpec
 
 _PASSAGE_QA = (
@@ -183,24 +178,15 @@ def official_prompts(names: list[str]) -> dict[str, SetSpec]:
     Raises:
         UserError: if `lm_eval` is missing, or one of its task files is not understood.
     """
-    folder, yaml = _task_folder()
-
-    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
-        """Reads `!function` tags as nothing: only texts and numbers are wanted."""
-
-    Loader.add_multi_constructor("!", lambda *_: None)
+    folder = task_folder("longbench")
     result = {}
     for name in names:
-        path = folder / f"{name}.yaml"
         try:
-            task = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+            task = read_task(folder / f"{name}.yaml")
             prompt = from_jinja(task["doc_to_text"])
             length = int(task["generation_kwargs"]["max_gen_toks"])
-        except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-            version = importlib.metadata.version("lm_eval")
-            raise UserError(
-                f"cannot read the official prompt of {name} from lm_eval {version}: {error!r}"
-            ) from error
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise unreadable(f"the prompt of {name}", error) from error
         result[name] = dataclasses.replace(
             LONGBENCH_SETS[name], prompt=prompt, max_new_tokens=length
         )
@@ -225,14 +211,3 @@ def from_jinja(template: str) -> str:
     if "{%" in result or "{#" in result or "{context}" not in result:
         raise ValueError("the template is not a plain text with fields")
     return result
-
-
-def _task_folder() -> tuple[Path, Any]:
-    spec = importlib.util.find_spec("lm_eval")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            "--prompts official reads the wordings from the package lm_eval, which is not "
-            'installed: pip install "restkv-jax[eval]" (or use --prompts own)'
-        )
-    folder = Path(next(iter(spec.submodule_search_locations))) / "tasks" / "longbench"
-    return folder, importlib.import_module("yaml")

@@ -8,6 +8,7 @@ from experiments.core.options import (
     Parser,
     add_common_options,
     add_generated_options,
+    add_prompts_option,
     parse_names,
 )
 from experiments.ruler.tasks import TASKS
@@ -26,6 +27,9 @@ examples:
   # two variants of one policy on the needle tasks, keeping a fifth of each prompt
   python -m experiments.ruler --tasks niah_single_1,niah_multikey_1 --budget 0.2 \\
       --policy full --policy restkv --policy restkv:preset=robust
+
+  # the official wordings (pip install "restkv-jax[eval]")
+  python -m experiments.ruler --prompts official --data DIR --lengths 4k
 
 A length counts the whole prompt, chat template included, and the longest answer. Published
 results have 500 rows at 4k to 128k. experiments/ruler/sources.py says what DIR may hold. An
@@ -57,6 +61,7 @@ def build_parser() -> Parser:
         "be had)",
     )
     add_generated_options(group, rows=5)
+    add_prompts_option(group)
     return parser
 
 

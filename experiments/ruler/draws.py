@@ -8,15 +8,7 @@ from collections.abc import Callable, Sequence
 
 from experiments.core.errors import UserError
 from experiments.core.tasks import Row
-
-# Filler without a meaning to remember, for the tasks whose haystack is noise.
-NOISE = (
-    "Leaves fall from the tall trees.",
-    "A small boat crosses the lake.",
-    "The bread is still warm.",
-    "Someone hums a tune.",
-    "Evening comes once more.",
-)
+from experiments.ruler.wordings import OWN, Wordings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +21,7 @@ class Draw:
         length: tokens of prompt and generation together, by which a task chooses its sizes.
         limit: most tokens of the prompt.
         tokens: length in tokens of the whole prompt that a row makes.
+        wordings: what the prompt says.
     """
 
     what: str
@@ -36,6 +29,7 @@ class Draw:
     length: int
     limit: int
     tokens: Callable[[Row], int]
+    wordings: Wordings = OWN
 
 
 def make_row(
@@ -77,9 +71,9 @@ def depths_of(text: str, marks: Sequence[str]) -> list[float]:
     return [round(100 * text.index(mark) / max(len(text) - len(mark), 1), 1) for mark in marks]
 
 
-def join_names(names: Sequence[str]) -> str:
-    """Names as a sentence lists them: "a, b and c"."""
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+def join_names(names: Sequence[str], last: str = " and ") -> str:
+    """Names as a sentence lists them: "a, b and c", `last` being what goes before the last one."""
+    return last.join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
 def distinct(draw: Callable[[], str], count: int, taken: set[str]) -> list[str]:

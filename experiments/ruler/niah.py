@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import uuid
 from collections.abc import Callable
@@ -10,16 +11,9 @@ from typing import Literal
 
 from experiments.core.fitting import fit_units
 from experiments.core.tasks import Row
-from experiments.ruler.draws import (
-    NOISE,
-    Draw,
-    depths_of,
-    distinct,
-    join_names,
-    make_row,
-    spread,
-)
+from experiments.ruler.draws import Draw, depths_of, distinct, join_names, make_row, spread
 from experiments.ruler.sources import Sources
+from experiments.ruler.wordings import Asking, Wordings
 
 Kind = Literal["word", "number", "uuid"]
 
@@ -54,6 +48,10 @@ class Needles:
         """Whether several values are asked for."""
         return self.values * self.queries > 1
 
+    def asking(self, wordings: Wordings) -> Asking:
+        """How they are asked for."""
+        return wordings.niah.asking(self.value, plural=self.plural)
+
 
 NIAH: dict[str, Needles] = {
     "niah_single_1": Needles(haystack="noise"),
@@ -67,15 +65,6 @@ NIAH: dict[str, Needles] = {
 }
 
 
-def niah_prompt(needles: Needles) -> str:
-    """The prompt's template."""
-    if needles.plural:
-        announced = f"Secret {needles.value}s are hidden in the text below. Remember them"
-    else:
-        announced = f"A secret {needles.value} is hidden in the text below. Remember it"
-    return announced + ", you will be asked.\n\n{context}\n\n{input}"
-
-
 def make_niah(needles: Needles, sources: Sources, draw: Draw) -> Row:
     """Draws needles and hides them in as much haystack as fits.
 
@@ -86,13 +75,15 @@ def make_niah(needles: Needles, sources: Sources, draw: Draw) -> Row:
         UserError: a text is missing, or the length is too small.
     """
     rng = draw.rng
+    wording = draw.wordings.niah
+    needle = functools.partial(wording.needle.format, kind=needles.value)
     taken: set[str] = set()
     draw_key = _drawer(needles.key, sources, rng)
     draw_value = _drawer(needles.value, sources, rng)
     keys = distinct(draw_key, needles.keys, taken)
     values = {key: distinct(draw_value, needles.values, taken) for key in keys}
     asked = rng.sample(keys, needles.queries)
-    hidden = [_needle(needles, key, value) for key in keys for value in values[key]]
+    hidden = [needle(key=key, value=value) for key in keys for value in values[key]]
     rng.shuffle(hidden)
     if needles.haystack == "essay":
         start = rng.randrange(len(sources.essays))
@@ -103,37 +94,34 @@ def make_niah(needles: Needles, sources: Sources, draw: Draw) -> Row:
         depths = sorted(rng.random() for _ in hidden)
         separator = "\n"
         if needles.haystack == "noise":
-            pool = [" ".join(NOISE)]
+            pool = [wording.noise]
         else:
             count = draw.limit // _LEAST_TOKENS + 2
             others = zip(
                 distinct(draw_key, count, taken), distinct(draw_value, count, taken), strict=True
             )
-            pool = [_needle(needles, key, value) for key, value in others]
+            pool = [needle(key=key, value=value) for key, value in others]
 
     answers = [value for key in asked for value in values[key]]
-    marks = [_needle(needles, key, value) for key in asked for value in values[key]]
-    names = join_names(asked)
-    if needles.plural:
-        question = f"Which secret {needles.value}s are kept by {names}? Name all of them."
-        prefix = f"According to the text, the secret {needles.value}s kept by {names} are"
-    else:
-        question = f"Which secret {needles.value} is kept by {names}?"
-        prefix = f"According to the text, the secret {needles.value} kept by {names} is"
+    marks = [needle(key=key, value=value) for key in asked for value in values[key]]
+    names = join_names(asked, wording.last)
+    asking = needles.asking(draw.wordings)
+    question, prefix = (text.format(query=names) for text in (asking.question, asking.prefix))
 
     def build(fragment: str, units: list[str]) -> Row:
-        haystack = [separator.join(fragment.split("\n")), *units] if fragment else units
+        haystack = [fragment, *units] if fragment else units
         context = separator.join(spread(haystack, hidden, depths))
         return make_row(context, question, prefix, answers, depths_of(context, marks))
 
     fragment, units = fit_units(
-        pool, lambda *parts: draw.tokens(build(*parts)), draw.limit, least=1, what=draw.what
+        pool,
+        lambda *parts: draw.tokens(build(*parts)),
+        draw.limit,
+        least=1,
+        what=draw.what,
+        separator=separator,
     )
     return build(fragment, units)
-
-
-def _needle(needles: Needles, key: str, value: str) -> str:
-    return f"A secret {needles.value} kept by {key} is {value}."
 
 
 def _drawer(kind: Kind, sources: Sources, rng: random.Random) -> Callable[[], str]:

@@ -7,11 +7,6 @@ from experiments.core.tasks import Row
 from experiments.ruler.draws import Draw, depths_of, make_row
 from experiments.ruler.questions import Question, Questions
 
-QA_PROMPT = (
-    "Passages follow, then a question about them. Reply with the bare answer and no other word."
-    "\n\n{context}\n\n{input}"
-)
-
 # A passage has this many tokens at the very least.
 _LEAST_TOKENS = 8
 
@@ -26,7 +21,7 @@ def make_qa(questions: Questions, question: Question, draw: Draw) -> Row | None:
     Returns:
         The row, or None if the question's own passages do not fit.
     """
-    rng = draw.rng
+    rng, wording = draw.rng, draw.wordings.qa
     texts = questions.passages
     near = rng.sample(question.near, len(question.near))
     known = {*question.own, *question.near}
@@ -44,13 +39,15 @@ def make_qa(questions: Questions, question: Question, draw: Draw) -> Row | None:
             last = texts[others[count % len(others)]]
             chosen.append(" ".join(last.split(" ")[:words]))
         order = sorted(range(len(chosen)), key=places.__getitem__)
-        shown = [f"Passage {n}:\n{chosen[i]}" for n, i in enumerate(order, start=1)]
+        shown = [
+            wording.passage.format(number=n, text=chosen[i]) for n, i in enumerate(order, start=1)
+        ]
         context = "\n\n".join(shown)
         marks = [shown[order.index(i)] for i in range(len(question.own))]
         return make_row(
             context,
-            f"Reply with the bare answer and no other word.\n\nQuestion: {question.text}",
-            "Answer:",
+            wording.asking.question.format(query=question.text),
+            wording.asking.prefix,
             question.answers,
             depths_of(context, marks),
         )

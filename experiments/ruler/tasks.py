@@ -9,17 +9,15 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 
 from experiments.core.errors import UserError
-from experiments.core.tasks import Row, SetSpec, TaskSet
+from experiments.core.tasks import CountTokens, Measure, Row, SetSpec, TaskSet
 from experiments.core.uncertainty import Average
 from experiments.ruler.draws import Draw
-from experiments.ruler.niah import NIAH, make_niah, niah_prompt
-from experiments.ruler.qa import QA_PROMPT, make_qa
+from experiments.ruler.niah import NIAH, make_niah
+from experiments.ruler.qa import make_qa
 from experiments.ruler.sources import MissingSource, Sources
-from experiments.ruler.tracking import TRACKING_PROMPT, make_tracking
-from experiments.ruler.words import COMMON_PROMPT, FREQUENT_PROMPT, make_common, make_frequent
-
-# (set, row) -> tokens of the whole prompt.
-CountTokens = Callable[[SetSpec, Row], int]
+from experiments.ruler.tracking import make_tracking
+from experiments.ruler.wordings import OWN, Asking, Wordings
+from experiments.ruler.words import make_common, make_frequent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +25,13 @@ class Task:
     """One of the 13 tasks.
 
     Attributes:
-        prompt: template of the prompt.
+        asking: its part of the wordings.
         max_new_tokens: length of the generation.
         make: makes a row; None for the question tasks.
         questions: the data set that a question task draws on, or None.
     """
 
-    prompt: str
+    asking: Callable[[Wordings], Asking]
     max_new_tokens: int
     make: Callable[[Sources, Draw], Row] | None = None
     questions: str | None = None
@@ -46,31 +44,40 @@ class Task:
 
 TASKS: dict[str, Task] = {
     **{
-        name: Task(niah_prompt(needles), 128, functools.partial(make_niah, needles))
+        name: Task(needles.asking, 128, functools.partial(make_niah, needles))
         for name, needles in NIAH.items()
     },
-    "vt": Task(TRACKING_PROMPT, 30, lambda _, draw: make_tracking(draw)),
-    "cwe": Task(COMMON_PROMPT, 120, make_common),
-    "fwe": Task(FREQUENT_PROMPT, 50, lambda _, draw: make_frequent(draw)),
-    "qa_1": Task(QA_PROMPT, 32, questions="squad"),
-    "qa_2": Task(QA_PROMPT, 32, questions="hotpotqa"),
+    "vt": Task(lambda wordings: wordings.vt.asking, 30, lambda _, draw: make_tracking(draw)),
+    "cwe": Task(lambda wordings: wordings.cwe.asking, 120, make_common),
+    "fwe": Task(lambda wordings: wordings.fwe, 50, lambda _, draw: make_frequent(draw)),
+    "qa_1": Task(lambda wordings: wordings.qa.asking, 32, questions="squad"),
+    "qa_2": Task(lambda wordings: wordings.qa.asking, 32, questions="hotpotqa"),
 }
 
 
-def make_spec(name: str, length: int, *, chat: bool) -> SetSpec:
+def make_spec(name: str, length: int, *, chat: bool, wordings: Wordings = OWN) -> SetSpec:
     """How a task of a length is asked and scored; the set is called "LENGTH/TASK"."""
     task = TASKS[name]
+    asking = task.asking(wordings)
     return SetSpec(
         name=f"{length}/{name}",
-        prompt=task.prompt,
+        prompt=asking.prompt,
         max_new_tokens=task.max_new_tokens,
         metric=task.metric,
         chat=chat,
+        delimiter=asking.delimiter,
     )
 
 
 def make_rows(
-    name: str, spec: SetSpec, length: int, sources: Sources, *, seed: int, count: CountTokens
+    name: str,
+    spec: SetSpec,
+    length: int,
+    sources: Sources,
+    *,
+    seed: int,
+    count: CountTokens,
+    wordings: Wordings = OWN,
 ) -> Iterator[Row]:
     """Rows of a task, one after the other; a question task ends with its questions.
 
@@ -81,11 +88,12 @@ def make_rows(
         sources: the texts.
         seed: of everything that is drawn.
         count: counts a prompt's tokens.
+        wordings: what the prompts say; those of `spec`.
 
     Yields:
         Rows of at most `length` tokens, and fewer by less than 8 (16 for questions: the heading
-        of one more passage must fit). Row i depends on task, length, seed, i, the texts and the
-        tokenizer, and on nothing else.
+        of one more passage must fit). Row i depends on task, length, seed, i, the texts, the
+        wordings and the tokenizer, and on nothing else.
 
     Raises:
         MissingSource: a text cannot be had.
@@ -106,6 +114,7 @@ def make_rows(
             length=length,
             limit=limit,
             tokens=lambda row: count(spec, row),
+            wordings=wordings,
         )
         row: Row | None
         if questions is None:
@@ -126,26 +135,20 @@ def make_rows(
 def build_sets(
     names: Sequence[str],
     sources: Sources,
+    measure: Measure,
     *,
-    lengths: Sequence[int],
-    rows: int,
-    seed: int,
-    chat: bool,
-    count: CountTokens,
     explicit: bool,
+    wordings: Wordings = OWN,
 ) -> tuple[list[TaskSet], list[str]]:
     """Generates the sets of a run.
 
     Args:
         names: tasks, in order.
         sources: the texts.
-        lengths: see `make_rows`.
-        rows: rows in each set.
-        seed: see `make_rows`.
-        chat: use the model's chat template.
-        count: counts a prompt's tokens.
+        measure: what the sets are made to.
         explicit: True when the user named the tasks: one whose text is missing is then an error,
             else it is left out.
+        wordings: what the prompts say.
 
     Returns:
         The sets, and what there is to say of tasks that were left out or are short of rows.
@@ -154,14 +157,22 @@ def build_sets(
         UserError: as `make_rows`; or no task is left.
     """
     sets, notes, missing = [], [], dict[str, str]()
-    for length in lengths:
+    for length in measure.lengths:
         for name in names:
             if name in missing:
                 continue
-            spec = make_spec(name, length, chat=chat)
-            generated = make_rows(name, spec, length, sources, seed=seed, count=count)
+            spec = make_spec(name, length, chat=measure.chat, wordings=wordings)
+            generated = make_rows(
+                name,
+                spec,
+                length,
+                sources,
+                seed=measure.seed,
+                count=measure.count,
+                wordings=wordings,
+            )
             try:
-                made = tuple(itertools.islice(generated, rows))
+                made = tuple(itertools.islice(generated, measure.rows))
             except MissingSource as error:
                 if explicit:
                     raise UserError(f"--tasks {name}: {error}") from None
@@ -170,9 +181,9 @@ def build_sets(
                 continue
             if not made:
                 raise UserError(f"set {spec.name}: no question fits into {length} tokens")
-            if len(made) < rows:
+            if len(made) < measure.rows:
                 notes.append(f"{spec.name}: the data hold {len(made)} questions that fit")
-            source = f"generated, {length} tokens, seed {seed}"
+            source = f"generated, {length} tokens, seed {measure.seed}"
             sets.append(TaskSet(spec=spec, rows=made, source=source))
     if not sets:
         raise UserError(f"no task can be generated: {'; '.join(missing.values())}")

@@ -12,20 +12,9 @@ from experiments.core.fitting import largest_fit
 from experiments.core.tasks import Row
 from experiments.ruler.draws import Draw, distinct, make_row
 from experiments.ruler.sources import Sources
-
-COMMON_PROMPT = "{context}\n\n{input}"
-FREQUENT_PROMPT = (
-    "A text in code words follows. Keep count of how often each code word occurs; dots mean "
-    "nothing.\n\n{context}\n\n{input}"
-)
+from experiments.ruler.wordings import Asking, ListWording
 
 _COMMON = 10
-_LIST_INTRO = (
-    "The numbered list below repeats some words more often than others. Keep in mind which words "
-    "come most often."
-)
-_LIST_QUESTION = f"Which {_COMMON} words come most often in the list above?"
-_LIST_PREFIX = f"The {_COMMON} words that come most often are:"
 
 _NOISE = "..."
 _ALPHA = 2
@@ -44,23 +33,26 @@ def make_common(sources: Sources, draw: Draw) -> Row:
     Raises:
         UserError: the words are missing or too few, or the length is too small.
     """
-    rng = draw.rng
+    rng, wording = draw.rng, draw.wordings.cwe
     if draw.length >= 4096:
-        times, others_times, example = 30, 3, _example(sources.words.all, rng, 40, 10, 3)
+        times, others_times = 30, 3
+        example = _example(sources.words.all, rng, wording, 40, 10, 3)
     elif draw.length >= 1024:
-        times, others_times, example = 6, 1, _example(sources.words.all, rng, 20, 3, 1)
+        times, others_times = 6, 1
+        example = _example(sources.words.all, rng, wording, 20, 3, 1)
     else:
         times, others_times, example = 4, 1, ""
     words = list(sources.words.all)
     rng.shuffle(words)
     common, others = words[:_COMMON], words[_COMMON:]
     order = rng.getrandbits(64)
+    question, prefix = _ask(wording.asking, _COMMON)
 
     def build(count: int, more: Sequence[str] = ()) -> Row:
         listed = common * times + [others[i // others_times] for i in range(count)]
         random.Random(order).shuffle(listed)
-        context = f"{example}{_LIST_INTRO}\n\n{_numbered([*listed, *more])}"
-        return make_row(context, _LIST_QUESTION, _LIST_PREFIX, common)
+        context = f"{example}{wording.asking.intro}{_numbered([*listed, *more], wording.item)}"
+        return make_row(context, question, prefix, common)
 
     def fit() -> int | None:
         most = len(others) * others_times
@@ -91,19 +83,28 @@ def make_common(sources: Sources, draw: Draw) -> Row:
     return build(count, more)
 
 
-def _example(words: Sequence[str], rng: random.Random, total: int, times: int, others: int) -> str:
+def _example(
+    words: Sequence[str],
+    rng: random.Random,
+    wording: ListWording,
+    total: int,
+    times: int,
+    others: int,
+) -> str:
     drawn = rng.sample(words, total)
     common = drawn[:_COMMON]
     listed = common * times + drawn[_COMMON:] * others
     rng.shuffle(listed)
-    return (
-        f"{_LIST_INTRO}\n\n{_numbered(listed)}\n\n{_LIST_QUESTION}\n"
-        f"{_LIST_PREFIX} {_numbered(common)}\n\n"
-    )
+    text, answer = _numbered(listed, wording.item), _numbered(common, wording.item)
+    return wording.asking.show(text, answer, count=_COMMON)
 
 
-def _numbered(words: Sequence[str]) -> str:
-    return " ".join(f"{i}. {word}" for i, word in enumerate(words, start=1))
+def _numbered(words: Sequence[str], item: str) -> str:
+    return " ".join(item.format(i, word) for i, word in enumerate(words, start=1))
+
+
+def _ask(asking: Asking, count: int) -> tuple[str, str]:
+    return asking.question.format(count=count), asking.prefix.format(count=count)
 
 
 def make_frequent(draw: Draw) -> Row:
@@ -122,6 +123,7 @@ def make_frequent(draw: Draw) -> Row:
         set(),
     )
     order = rng.getrandbits(64)
+    question, prefix = _ask(draw.wordings.fwe, _FREQUENT)
 
     def counts(total: int) -> list[int]:
         # Rank 1 is the noise; zeta(2) = pi^2 / 6.
@@ -134,13 +136,8 @@ def make_frequent(draw: Draw) -> Row:
         for word, number in zip(vocabulary, times[1:], strict=True):
             text += [word] * number
         random.Random(order).shuffle(text)
-        return make_row(
-            " ".join([*text, *[_NOISE] * dots]),
-            f"Which {_FREQUENT} code words occur most often in the text above, dots aside? Name "
-            "them without an explanation.",
-            f"The {_FREQUENT} code words that occur most often are:",
-            vocabulary[:_FREQUENT],
-        )
+        context = " ".join([*text, *[_NOISE] * dots])
+        return make_row(context, question, prefix, vocabulary[:_FREQUENT])
 
     total = largest_fit(lambda total: draw.tokens(build(total)), draw.limit)
     # The ranks must be told apart, which rounding prevents for some totals.

@@ -20,7 +20,7 @@ def count_pieces(spec, row):
 
 def whole(spec, row):
     """The prompt without a chat template."""
-    return f"{fill_prompt(spec.prompt, row)}\n{row.answer_prefix}"
+    return f"{fill_prompt(spec.prompt, row)}{spec.delimiter}{row.answer_prefix}"
 
 
 def write_folder(folder):

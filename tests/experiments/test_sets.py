@@ -1,5 +1,6 @@
 """The prompts: own wordings, official ones read from lm_eval."""
 
+import importlib.util
 import re
 import sys
 
@@ -7,7 +8,6 @@ import pytest
 
 from experiments.core.errors import UserError
 from experiments.core.tasks import Row, fill_prompt
-from experiments.longbench import sets
 from experiments.longbench.sets import LONGBENCH_SETS, from_jinja, official_prompts
 
 NAMES = [
@@ -78,7 +78,7 @@ def test_own_prompts_share_no_run_of_8_words_with_any_official_one(name):
 
 
 def test_official_prompts_without_lm_eval_name_the_extra(monkeypatch):
-    monkeypatch.setattr(sets.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"restkv-jax\[eval\]"):
         official_prompts(["trec"])
 
