@@ -155,19 +155,6 @@ def run_benchmark(
     return 0
 
 
-def generated_prompts(
-    language_model: models.LanguageModel, *, query_agnostic: bool = False
-) -> Prompting:
-    """How the rows of sets that are made to measure become prompts: none is cut."""
-    return Prompting(
-        protocol="official",
-        max_length=None,
-        eos_ids=language_model.eos_ids,
-        turn_end_ids=language_model.turn_end_ids,
-        query_agnostic=query_agnostic,
-    )
-
-
 def check_length(option: str, length: int, language_model: models.LanguageModel) -> None:
     """Refuses a length that the model cannot hold.
 

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _FIELD = re.compile(r"\{(context|input)\}")
@@ -88,6 +88,29 @@ class TaskSet:
     def checksum(self) -> str:
         """SHA-256 of the rows' content, whatever file or compression they came in."""
         return rows_checksum(self.rows)
+
+
+# (set, row) -> tokens of the whole prompt that the row makes.
+CountTokens = Callable[[SetSpec, Row], int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measure:
+    """What tasks are made to.
+
+    Attributes:
+        lengths: most tokens of prompt and generation together, one after the other.
+        rows: rows of each kind at each length.
+        seed: of everything that is drawn.
+        chat: use the model's chat template.
+        count: tokens of the whole prompt that a row makes.
+    """
+
+    lengths: tuple[int, ...]
+    rows: int
+    seed: int
+    chat: bool
+    count: CountTokens
 
 
 def fill_prompt(template: str, row: Row) -> str:

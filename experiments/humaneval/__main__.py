@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.core.errors import UserError, run_main
+from experiments.core.generated import token_counter, uncut_prompts
 from experiments.core.program import (
     Benchmark,
     Generation,
     announce,
     check_length,
-    generated_prompts,
     load_model,
     read_policies,
     run_benchmark,
 )
-from experiments.core.prompts import build_prompt
 from experiments.core.table import TextTable
-from experiments.core.tasks import Row, SetSpec, TaskSet
+from experiments.core.tasks import Row, TaskSet
 from experiments.core.uncertainty import Scores
 from experiments.humaneval.cli import build_parser
 from experiments.humaneval.problems import build_sets, read_problems
@@ -46,18 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems = read_problems(args.data)[: args.limit]
     language_model = load_model(args)
     check_length("--lengths", max(args.lengths), language_model)
-    prompting = generated_prompts(language_model)
-
-    def count(spec: SetSpec, row: Row) -> int:
-        return len(build_prompt(row, spec, language_model.tokenizer, prompting).ids)
-
+    prompting = uncut_prompts(language_model)
     sets = build_sets(
         problems,
         lengths=args.lengths,
         samples=args.samples,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
-        count=count,
+        count=token_counter(language_model, prompting),
     )
     run = args.allow_code_execution
     announce(

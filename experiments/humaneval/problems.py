@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.core.errors import UserError
 from experiments.core.files import parse_jsonl, read_bytes
 from experiments.core.fitting import fit_units
-from experiments.core.tasks import Row, SetSpec, TaskSet
+from experiments.core.tasks import CountTokens, Row, SetSpec, TaskSet
 from experiments.longbench.stdlib_text import code_files
 
 
@@ -90,7 +90,7 @@ def build_sets(
     samples: int,
     max_new_tokens: int,
     seed: int,
-    count: Callable[[SetSpec, Row], int],
+    count: CountTokens,
 ) -> list[TaskSet]:
     """A set for each length: every problem, `samples` times, behind the end of other source code.
 

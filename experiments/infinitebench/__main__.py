@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
 
 from experiments.core.errors import UserError, run_main
+from experiments.core.generated import (
+    made_to_measure,
+    mode_of,
+    prompt_settings,
+    uncut_prompts,
+)
 from experiments.core.program import (
     Benchmark,
     Generation,
     announce,
-    check_length,
-    generated_prompts,
     load_model,
     read_policies,
     run_benchmark,
 )
-from experiments.core.prompts import Prompting, build_prompt
-from experiments.core.tasks import Row, SetSpec, TaskSet
+from experiments.core.tasks import TaskSet
 from experiments.core.uncertainty import Average
 from experiments.infinitebench.cli import build_parser
 from experiments.infinitebench.data import load_sets
@@ -27,7 +29,6 @@ from experiments.infinitebench.metrics import score_prediction
 from experiments.infinitebench.synthetic import GENERATED, build_sets
 from experiments.infinitebench.tasks import ONLY_IF_NAMED, TASKS
 from experiments.longbench.cli import TEMPLATE_ROOM, longest_text
-from models import LanguageModel
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--tasks {missing[0]}: needs its rows, --data hub or --data DIR")
         names = tuple(name for name in names if name in GENERATED)
     language_model = load_model(args)
-    prompting = generated_prompts(language_model, query_agnostic=args.query_agnostic)
     if offline:
-        sets, longest = _generate(args, names, language_model, prompting)
+        measure, how = made_to_measure(args, language_model)
+        sets = build_sets(names, measure)
     else:
         sets = load_sets(
             names,
@@ -58,49 +59,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             chat=args.template == "chat",
         )
         text = longest_text(args, language_model.config.max_length)
-        prompting = dataclasses.replace(prompting, max_length=text)
-        longest = text + TEMPLATE_ROOM
+        uncut = uncut_prompts(language_model, query_agnostic=args.query_agnostic)
+        how = Generation(
+            prompting=dataclasses.replace(uncut, max_length=text),
+            longest_prompt=text + TEMPLATE_ROOM,
+        )
     announce(language_model, sets, [])
-    mode = "query-agnostic" if args.query_agnostic else "query-aware"
     kind = "generated" if offline else "its rows"
     benchmark = Benchmark(
         name="infinitebench",
-        title=f"InfiniteBench ({kind}, own wordings, {mode}), score 0-100",
+        title=f"InfiniteBench ({kind}, own wordings, {mode_of(args)}), score 0-100",
         sets=sets,
         averages=_averages(sets),
-        how=Generation(prompting=prompting, longest_prompt=longest),
+        how=how,
         score=score_prediction,
-        settings={
-            "template": args.template,
-            "query_agnostic": args.query_agnostic,
-            "max_length": prompting.max_length,
-        },
+        settings={**prompt_settings(args), "max_length": how.prompting.max_length},
     )
     return run_benchmark(args, language_model, policies, benchmark)
-
-
-def _generate(
-    args: argparse.Namespace,
-    names: tuple[str, ...],
-    language_model: LanguageModel,
-    prompting: Prompting,
-) -> tuple[list[TaskSet], int]:
-    """The sets, and the longest prompt."""
-    longest = max(args.lengths)
-    check_length("--lengths", longest, language_model)
-
-    def count(spec: SetSpec, row: Row) -> int:
-        return len(build_prompt(row, spec, language_model.tokenizer, prompting).ids)
-
-    sets = build_sets(
-        names,
-        lengths=args.lengths,
-        rows=min(args.rows, args.limit or args.rows),
-        seed=args.seed,
-        chat=args.template == "chat",
-        count=count,
-    )
-    return sets, longest
 
 
 def _averages(sets: Sequence[TaskSet]) -> list[Average]:

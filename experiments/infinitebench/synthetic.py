@@ -10,11 +10,9 @@ from collections.abc import Callable
 
 from experiments.core.errors import UserError
 from experiments.core.fitting import fit_units, largest_fit
-from experiments.core.tasks import Row, SetSpec, TaskSet
+from experiments.core.tasks import CountTokens, Measure, Row, SetSpec, TaskSet
 from experiments.infinitebench.tasks import TASKS, make_spec
 from experiments.ruler.draws import NOISE, depths_of, spread
-
-CountTokens = Callable[[SetSpec, Row], int]
 
 # Shortest pair of `kv_retrieval`, in tokens: no tokenizer has tokens for whole identifiers.
 _LEAST_PAIR = 16
@@ -37,37 +35,26 @@ class Draw:
     tokens: Callable[[Row], int]
 
 
-def build_sets(
-    names: tuple[str, ...],
-    *,
-    lengths: tuple[int, ...],
-    rows: int,
-    seed: int,
-    chat: bool,
-    count: CountTokens,
-) -> list[TaskSet]:
+def build_sets(names: tuple[str, ...], measure: Measure) -> list[TaskSet]:
     """Generates a set for each length and task, called "LENGTH/TASK".
 
     Args:
         names: tasks, of `GENERATED`.
-        lengths: most tokens of prompt and generation together.
-        rows: rows in each set.
-        seed: row i depends on task, length, seed, i and the tokenizer, and on nothing else.
-        chat: use the model's chat template.
-        count: counts a prompt's tokens.
+        measure: what the sets are made to. Row i depends on task, length, seed, i and the
+            tokenizer, and on nothing else.
 
     Raises:
         UserError: a length is too small.
     """
     sets = []
-    for length in lengths:
+    for length in measure.lengths:
         for name in names:
-            spec = make_spec(name, f"{length}/{name}", chat=chat)
+            spec = make_spec(name, f"{length}/{name}", chat=measure.chat)
             made = tuple(
-                _make_row(name, spec, length, f"{name}-{length}-{seed}-{i}", count)
-                for i in range(rows)
+                _make_row(name, spec, length, f"{name}-{length}-{measure.seed}-{i}", measure.count)
+                for i in range(measure.rows)
             )
-            source = f"generated, {length} tokens, seed {seed}"
+            source = f"generated, {length} tokens, seed {measure.seed}"
             sets.append(TaskSet(spec=spec, rows=made, source=source))
     return sets
 

@@ -7,20 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.core.errors import run_main
+from experiments.core.generated import made_to_measure, mode_of, prompt_settings
 from experiments.core.plots import require_matplotlib
 from experiments.core.program import (
     Benchmark,
-    Generation,
     announce,
-    check_length,
-    generated_prompts,
     load_model,
     read_policies,
     run_benchmark,
 )
-from experiments.core.prompts import build_prompt
 from experiments.core.results import prediction_row
-from experiments.core.tasks import Row, SetSpec
+from experiments.core.tasks import Row
 from experiments.core.texts import read_texts
 from experiments.core.uncertainty import Average
 from experiments.longbench.stdlib_text import prose_sentences
@@ -42,43 +39,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_matplotlib()
     sentences, source = read_haystack(args.data)
     language_model = load_model(args)
-    check_length("--lengths", max(args.lengths), language_model)
-    prompting = generated_prompts(language_model, query_agnostic=args.query_agnostic)
-
-    def count(spec: SetSpec, row: Row) -> int:
-        return len(build_prompt(row, spec, language_model.tokenizer, prompting).ids)
-
-    sets = build_sets(
-        sentences,
-        lengths=args.lengths,
-        depths=args.depths,
-        rows=min(args.rows, args.limit or args.rows),
-        seed=args.seed,
-        chat=args.template == "chat",
-        count=count,
-        source=source,
-    )
+    measure, how = made_to_measure(args, language_model)
+    sets = build_sets(sentences, measure, depths=args.depths, source=source)
     announce(language_model, sets, [f"haystack: {source}"])
     names = tuple(task.spec.name for task in sets)
     averages = [Average("mean of lengths", names)] if len(names) > 1 else []
-    mode = "query-agnostic" if args.query_agnostic else "query-aware"
     benchmark = Benchmark(
         name="needle",
-        title=f"needle in a haystack by length ({mode}), exact matches in %",
+        title=f"needle in a haystack by length ({mode_of(args)}), exact matches in %",
         sets=sets,
         averages=averages,
-        how=Generation(prompting=prompting, longest_prompt=max(args.lengths)),
+        how=how,
         score=exact_score,
         record=needle_row,
         finish=lambda store, exact: write_report(
             store, exact, sets, averages, plots=not args.no_plots
         ),
-        settings={
-            "haystack": source,
-            "depths": list(args.depths),
-            "template": args.template,
-            "query_agnostic": args.query_agnostic,
-        },
+        settings={"haystack": source, "depths": list(args.depths), **prompt_settings(args)},
     )
     return run_benchmark(args, language_model, policies, benchmark)
 

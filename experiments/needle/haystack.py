@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from experiments.core.fitting import fit_units
-from experiments.core.tasks import Row, SetSpec, TaskSet
+from experiments.core.tasks import CountTokens, Measure, Row, SetSpec, TaskSet
 from experiments.ruler.draws import depths_of
 
 PROMPT = (
@@ -105,15 +105,7 @@ def draw_needle(rng: random.Random) -> Needle:
 
 
 def build_sets(
-    sentences: Sequence[str],
-    *,
-    lengths: Sequence[int],
-    depths: Sequence[float],
-    rows: int,
-    seed: int,
-    chat: bool,
-    count: Callable[[SetSpec, Row], int],
-    source: str,
+    sentences: Sequence[str], measure: Measure, *, depths: Sequence[float], source: str
 ) -> list[TaskSet]:
     """Makes a set for each length; its rows are the cells of that length, depth by depth.
 
@@ -122,30 +114,26 @@ def build_sets(
 
     Args:
         sentences: the haystack in reading order; it starts over where it is too short.
-        lengths: tokens of prompt and generation together.
+        measure: what the sets are made to; its `rows` are the trials in each cell.
         depths: in percent of the haystack.
-        rows: trials in each cell.
-        seed: of everything that is drawn.
-        chat: use the model's chat template.
-        count: tokens of the whole prompt that a row makes.
         source: where the haystack comes from, in words.
 
     Raises:
         UserError: a length is too small.
     """
     sets = []
-    for length in lengths:
+    for length in measure.lengths:
         spec = SetSpec(
             name=str(length),
             prompt=PROMPT,
             max_new_tokens=MAX_NEW_TOKENS,
             metric="needle",
-            chat=chat,
+            chat=measure.chat,
         )
         cells = tuple(
-            make_row(sentences, spec, length, depth, trial, seed=seed, count=count)
+            make_row(sentences, spec, length, depth, trial, seed=measure.seed, count=measure.count)
             for depth in depths
-            for trial in range(rows)
+            for trial in range(measure.rows)
         )
         sets.append(TaskSet(spec=spec, rows=cells, source=f"{source}, {length} tokens"))
     return sets
@@ -159,7 +147,7 @@ def make_row(
     trial: int,
     *,
     seed: int,
-    count: Callable[[SetSpec, Row], int],
+    count: CountTokens,
 ) -> Row:
     """Makes one cell's row, see `build_sets`.
 

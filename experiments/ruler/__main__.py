@@ -7,18 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.core.errors import run_main
+from experiments.core.generated import made_to_measure, mode_of, prompt_settings
 from experiments.core.program import (
     Benchmark,
-    Generation,
     announce,
-    check_length,
-    generated_prompts,
     load_model,
     read_policies,
     run_benchmark,
 )
-from experiments.core.prompts import build_prompt
-from experiments.core.tasks import Row, SetSpec
+from experiments.core.tasks import Row
 from experiments.ruler.cli import build_parser
 from experiments.ruler.scoring import score_prediction
 from experiments.ruler.sources import Sources
@@ -36,36 +33,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     policies = read_policies(args)  # cheap complaints first: before anything is downloaded
     sources = Sources(args.data)
     language_model = load_model(args)
-    longest = max(args.lengths)
-    check_length("--lengths", longest, language_model)
-    tokenizer = language_model.tokenizer
-    prompting = generated_prompts(language_model, query_agnostic=args.query_agnostic)
-
-    def count(spec: SetSpec, row: Row) -> int:
-        return len(build_prompt(row, spec, tokenizer, prompting).ids)
-
-    sets, notes = build_sets(
-        args.tasks or list(TASKS),
-        sources,
-        lengths=args.lengths,
-        rows=min(args.rows, args.limit or args.rows),
-        seed=args.seed,
-        chat=args.template == "chat",
-        count=count,
-        explicit=args.tasks is not None,
-    )
+    measure, how = made_to_measure(args, language_model)
+    names = args.tasks or list(TASKS)
+    sets, notes = build_sets(names, sources, measure, explicit=args.tasks is not None)
     announce(language_model, sets, notes)
-    mode = "query-agnostic" if args.query_agnostic else "query-aware"
     benchmark = Benchmark(
         name="ruler",
-        title=f"RULER's tasks (own wordings, {mode}), score 0-100",
+        title=f"RULER's tasks (own wordings, {mode_of(args)}), score 0-100",
         sets=sets,
         averages=averages_of(sets),
-        how=Generation(prompting=prompting, longest_prompt=longest),
+        how=how,
         score=score_prediction,
         record=prediction_row,
         finish=lambda store, scores: write_summaries(store, scores, sets),
-        settings={"template": args.template, "query_agnostic": args.query_agnostic},
+        settings=prompt_settings(args),
     )
     return run_benchmark(args, language_model, policies, benchmark)
 

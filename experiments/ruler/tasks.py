@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 
 from experiments.core.errors import UserError
-from experiments.core.tasks import Row, SetSpec, TaskSet
+from experiments.core.tasks import CountTokens, Measure, Row, SetSpec, TaskSet
 from experiments.core.uncertainty import Average
 from experiments.ruler.draws import Draw
 from experiments.ruler.niah import NIAH, make_niah, niah_prompt
@@ -17,9 +17,6 @@ from experiments.ruler.qa import QA_PROMPT, make_qa
 from experiments.ruler.sources import MissingSource, Sources
 from experiments.ruler.tracking import TRACKING_PROMPT, make_tracking
 from experiments.ruler.words import COMMON_PROMPT, FREQUENT_PROMPT, make_common, make_frequent
-
-# (set, row) -> tokens of the whole prompt.
-CountTokens = Callable[[SetSpec, Row], int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,26 +121,14 @@ def make_rows(
 
 
 def build_sets(
-    names: Sequence[str],
-    sources: Sources,
-    *,
-    lengths: Sequence[int],
-    rows: int,
-    seed: int,
-    chat: bool,
-    count: CountTokens,
-    explicit: bool,
+    names: Sequence[str], sources: Sources, measure: Measure, *, explicit: bool
 ) -> tuple[list[TaskSet], list[str]]:
     """Generates the sets of a run.
 
     Args:
         names: tasks, in order.
         sources: the texts.
-        lengths: see `make_rows`.
-        rows: rows in each set.
-        seed: see `make_rows`.
-        chat: use the model's chat template.
-        count: counts a prompt's tokens.
+        measure: what the sets are made to.
         explicit: True when the user named the tasks: one whose text is missing is then an error,
             else it is left out.
 
@@ -154,14 +139,16 @@ def build_sets(
         UserError: as `make_rows`; or no task is left.
     """
     sets, notes, missing = [], [], dict[str, str]()
-    for length in lengths:
+    for length in measure.lengths:
         for name in names:
             if name in missing:
                 continue
-            spec = make_spec(name, length, chat=chat)
-            generated = make_rows(name, spec, length, sources, seed=seed, count=count)
+            spec = make_spec(name, length, chat=measure.chat)
+            generated = make_rows(
+                name, spec, length, sources, seed=measure.seed, count=measure.count
+            )
             try:
-                made = tuple(itertools.islice(generated, rows))
+                made = tuple(itertools.islice(generated, measure.rows))
             except MissingSource as error:
                 if explicit:
                     raise UserError(f"--tasks {name}: {error}") from None
@@ -170,9 +157,9 @@ def build_sets(
                 continue
             if not made:
                 raise UserError(f"set {spec.name}: no question fits into {length} tokens")
-            if len(made) < rows:
+            if len(made) < measure.rows:
                 notes.append(f"{spec.name}: the data hold {len(made)} questions that fit")
-            source = f"generated, {length} tokens, seed {seed}"
+            source = f"generated, {length} tokens, seed {measure.seed}"
             sets.append(TaskSet(spec=spec, rows=made, source=source))
     if not sets:
         raise UserError(f"no task can be generated: {'; '.join(missing.values())}")

@@ -11,6 +11,7 @@ import pytest
 
 from experiments.core.errors import UserError, run_main
 from experiments.core.prompts import Prompting, build_prompt
+from experiments.core.tasks import Measure
 from experiments.infinitebench.__main__ import main
 from experiments.infinitebench.data import load_sets, parse_row
 from experiments.infinitebench.metrics import METRICS, score_prediction
@@ -75,9 +76,8 @@ def count_characters(spec, row):
 
 
 def build(count=count_characters, lengths=(2000, 5000), rows=3, seed=0):
-    return build_sets(
-        tuple(GENERATED), lengths=lengths, rows=rows, seed=seed, chat=True, count=count
-    )
+    measure = Measure(lengths=lengths, rows=rows, seed=seed, chat=True, count=count)
+    return build_sets(tuple(GENERATED), measure)
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +140,8 @@ def test_needles_lie_where_the_rows_say_and_occur_once(sets):
 
 def test_rows_depend_on_the_seed_and_nothing_else(sets):
     assert [task.checksum for task in build()] == [task.checksum for task in sets]
-    (alone,) = build_sets(
-        ("math_find",), lengths=(5000,), rows=1, seed=0, chat=True, count=count_characters
-    )
+    measure = Measure(lengths=(5000,), rows=1, seed=0, chat=True, count=count_characters)
+    (alone,) = build_sets(("math_find",), measure)
     assert alone.rows[0] in next(t for t in sets if t.spec.name == "5000/math_find").rows
     assert build(seed=1)[0].checksum != sets[0].checksum
 

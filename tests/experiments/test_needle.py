@@ -17,6 +17,7 @@ from experiments.core import engine as engines
 from experiments.core.errors import UserError, run_main
 from experiments.core.prompts import Prompting, build_prompt
 from experiments.core.rouge import rouge_1
+from experiments.core.tasks import Measure
 from experiments.core.texts import read_texts
 from experiments.longbench.stdlib_text import prose_sentences
 from experiments.needle.__main__ import main, read_haystack
@@ -32,16 +33,8 @@ CHAT = Prompting(protocol="official", max_length=None, eos_ids=(EOS,))
 
 
 def build(count, *, lengths=(1000, 3000), rows=2, seed=0, depths=DEPTHS):
-    return build_sets(
-        prose_sentences(),
-        lengths=lengths,
-        depths=depths,
-        rows=rows,
-        seed=seed,
-        chat=True,
-        count=count,
-        source="here",
-    )
+    measure = Measure(lengths=lengths, rows=rows, seed=seed, chat=True, count=count)
+    return build_sets(prose_sentences(), measure, depths=depths, source="here")
 
 
 def count_characters(spec, row):

@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from experiments.core.errors import UserError
+from experiments.core.tasks import Measure
 from experiments.ruler.questions import parse_hotpot, parse_squad, pool_questions
 from experiments.ruler.sources import MissingSource, Sources, split_sentences
 from experiments.ruler.tasks import TASKS, build_sets
@@ -46,16 +47,8 @@ def folder(tmp_path):
 
 
 def build(sources, *names, explicit=False, rows=1):
-    return build_sets(
-        names or list(TASKS),
-        sources,
-        lengths=[700],
-        rows=rows,
-        seed=0,
-        chat=False,
-        count=count_words,
-        explicit=explicit,
-    )
+    measure = Measure(lengths=(700,), rows=rows, seed=0, chat=False, count=count_words)
+    return build_sets(names or list(TASKS), sources, measure, explicit=explicit)
 
 
 def test_a_folder_with_everything_needs_no_wheel(folder, no_wheels):

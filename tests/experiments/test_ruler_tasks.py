@@ -9,6 +9,7 @@ import pytest
 
 from experiments.core.errors import UserError
 from experiments.core.prompts import Prompting, build_prompt
+from experiments.core.tasks import Measure
 from experiments.ruler.draws import depths_of, join_names, spread
 from experiments.ruler.scoring import score_prediction
 from experiments.ruler.sources import Sources
@@ -29,8 +30,8 @@ def sources(tmp_path_factory):
 
 
 def rows_of(sources, name, length, rows=2, seed=0, count=count_pieces):
-    options = {"lengths": [length], "rows": rows, "seed": seed, "chat": False, "explicit": True}
-    (task,), _ = build_sets([name], sources, count=count, **options)
+    measure = Measure(lengths=(length,), rows=rows, seed=seed, chat=False, count=count)
+    (task,), _ = build_sets([name], sources, measure, explicit=True)
     return task
 
 
@@ -314,8 +315,8 @@ def test_too_short_a_length_names_the_set(sources, name):
 
 
 def test_sets_of_several_lengths_and_their_averages(sources):
-    options = {"rows": 1, "seed": 0, "chat": False, "count": count_words, "explicit": False}
-    sets, notes = build_sets(list(TASKS), sources, lengths=[500, 700], **options)
+    measure = Measure(lengths=(500, 700), rows=1, seed=0, chat=False, count=count_words)
+    sets, notes = build_sets(list(TASKS), sources, measure, explicit=False)
     assert notes == []
     assert [task.spec.name for task in sets[::13]] == ["500/niah_single_1", "700/niah_single_1"]
     averages = {average.name: average.sets for average in averages_of(sets)}
@@ -335,8 +336,8 @@ def test_sets_of_several_lengths_and_their_averages(sources):
 
 
 def test_fewer_questions_than_rows_are_said(sources):
-    options = {"lengths": [600], "seed": 0, "chat": False, "count": count_words}
-    sets, notes = build_sets(["qa_2"], sources, rows=30, explicit=False, **options)
+    measure = Measure(lengths=(600,), rows=30, seed=0, chat=False, count=count_words)
+    sets, notes = build_sets(["qa_2"], sources, measure, explicit=False)
     assert len(sets[0].rows) == 12
     assert notes == ["600/qa_2: the data hold 12 questions that fit"]
 
