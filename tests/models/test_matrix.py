@@ -11,15 +11,16 @@ from programs import quickly
 
 import models
 from models.families import FAMILIES
-from models.registry import NETWORKS, make_network
-from models.weights import named_parameters
+from models.registry import NETWORKS
 from restkv_jax.decode import POLICIES, CachePlan, decode_step, pad_prompts, prefill
 from restkv_jax.policies import PRESETS, LaCache
+from tests.models.layers_of import with_layers
 from tests.restkv_jax.dense import dense_attend
 
 W, BUDGET, HEADROOM = 8, 24, 8
 LENGTHS = (50, 37)
 NEW = 4
+COLUMNS = max(LENGTHS) + NEW
 LOGITS_MAX = 2e-4
 
 
@@ -56,19 +57,9 @@ def masked_logits(model, tokens, allowed):
 
 def shallow(model):
     """The model with two of its layers, one of each kind if it has two kinds."""
-    config = model.config
-    kinds = list(dict.fromkeys(config.windows))
-    chosen = [config.windows.index(kind) for kind in kinds] if len(kinds) > 1 else [0, 1]
-    values = named_parameters(model)
-
-    def weights(path, _):
-        if path.startswith("layers."):
-            _, layer, name = path.split(".", 2)
-            path = f"layers.{chosen[int(layer)]}.{name}"
-        return values[path]
-
-    windows = tuple(config.windows[layer] for layer in chosen)
-    return make_network(dataclasses.replace(config, num_layers=2, windows=windows), weights)
+    windows = model.config.windows
+    kinds = list(dict.fromkeys(windows))
+    return with_layers(model, [windows.index(kind) for kind in kinds] if len(kinds) > 1 else [0, 1])
 
 
 SIZES = {
@@ -151,14 +142,16 @@ def test_fixtures_decoding_sees_what_was_kept(case, setting):
     cache = caches[setting]
     expected = []
     for row, prompt in enumerate(prompts):
-        tokens = np.concatenate([prompt, new[row]])
+        # Padded behind the text, which is not seen from it: one program serves both rows.
+        tokens = np.zeros(COLUMNS, np.int32)
+        tokens[: len(prompt) + NEW] = np.concatenate([prompt, new[row]])
         allowed = tuple(
-            jnp.asarray(_allowed(cache, model.layer_specs, layer, row, len(prompt), len(tokens)))
+            jnp.asarray(_allowed(cache, model.layer_specs, layer, row, len(prompt), COLUMNS))
             for layer in range(len(model.layer_specs))
         )
         logits = masked(model, tokens, allowed)
         np.testing.assert_allclose(prefilled[row], logits[len(prompt) - 1], atol=LOGITS_MAX)
-        expected.append(np.asarray(logits[len(prompt) :]))
+        expected.append(np.asarray(logits[len(prompt) : len(prompt) + NEW]))
     for step in range(NEW):
         logits, cache = step_on(model, cache, new[:, step], jnp.ones(2, bool))
         for row in range(2):

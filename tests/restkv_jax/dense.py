@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def dense_attend(model, allowed=None):
@@ -29,8 +30,16 @@ def dense_attend(model, allowed=None):
 
 
 def logits_of(model, tokens, allowed=None):
-    """Logits at all positions of one unpadded row."""
-    return _logits(model, jnp.asarray(tokens)[None], allowed)
+    """Logits [T, V] at all positions of one row.
+
+    It is padded behind its end, which is not seen from before it: few lengths, few programs.
+    """
+    length = len(tokens)
+    padding = (0, -length % 64)
+    if allowed is not None:
+        around = ((0, 0), (0, 0), padding, padding)
+        allowed = tuple(np.pad(mask, around, constant_values=True) for mask in allowed)
+    return np.asarray(_logits(model, np.pad(tokens, padding)[None], allowed))[:length]
 
 
 @jax.jit
