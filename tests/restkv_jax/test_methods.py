@@ -29,7 +29,7 @@ from restkv_jax.policies import (
     SnapKV,
     VNorm,
 )
-from restkv_jax.prompt_attention import received_attention
+from restkv_jax.received_attention import received_attention
 from tests.restkv_jax import oracle
 from tests.restkv_jax.jaxprs import sizes
 
