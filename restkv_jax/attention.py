@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.decode_attention import decode_attention
-from restkv_jax.prompt_attention import BLOCK, block_at, online_softmax, whole_blocks
+from restkv_jax.online_softmax import block_at, online_softmax, whole_blocks
+from restkv_jax.prompt_attention import BLOCK
 from restkv_jax.protocols import LayerSpec
 from restkv_jax.slots import LayerSlots, visible
 
@@ -45,7 +46,7 @@ def slot_attention(
         del i
         return 0, last
 
-    out, _ = online_softmax(
+    out, *_ = online_softmax(
         q, layer.k, layer.v, seen, blocks, spec=spec, block=block, key_block=key_block
     )
     return out

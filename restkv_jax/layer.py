@@ -63,6 +63,8 @@ class LayerInputs:
             that came later. None if this is the first.
         log_sums: [B, N, Q] log of each query's sum of exp(logits) over a prompt, +inf for padding,
             if its attention was computed before; else None.
+        received: [B, N, T] what each key of a prompt receives of all its queries' attention, if
+            that was added up on the way; else None.
         probe: whose queries policies with a window score by instead of the last ones, or None.
     """
 
@@ -78,6 +80,7 @@ class LayerInputs:
     cached_positions: Int[Array, "B K T"] | None = None
     carried: Float[Array, "B N T"] | None = None
     log_sums: Float[Array, "B N Q"] | None = None
+    received: Float[Array, "B N T"] | None = None
     probe: Probe | None = None
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from restkv_jax.layer import LayerInputs, Probe
 from restkv_jax.plan import CachePlan
 from restkv_jax.prompt_attention import causal_attention
 from restkv_jax.protocols import CausalLM, LayerSpec, Projection
+from restkv_jax.received_attention import attention_and_received
 from restkv_jax.rerotation import rerotate
 
 _State = tuple[Int[Array, " B"], Int[Array, "B T"], tuple[KVCache, ...]]
@@ -161,6 +162,8 @@ def _attend_and_evict(
     columns = k.shape[2] - probe
     plans = tuple(plan.for_layer(spec, columns) for plan in plans)
     queries = min(max([1, *(plan.policy.query_rows for plan in plans)]), columns)
+    # A probe's queries attend, too, but nothing is counted of them.
+    receives = not probe and any(plan.policy.accumulates for plan in plans)
 
     if not isinstance(w_o, Projection):
         w_o = Projection(w_o=w_o, factor=output_factor(w_o))
@@ -170,7 +173,11 @@ def _attend_and_evict(
     def compute(
         q: Array, k: Array, v: Array, w_o: Projection, lengths: Array, index: Array
     ) -> tuple[Array, tuple[CompressedLayer, ...]]:
-        out, log_sums = causal_attention(q, k, v, lengths, spec=spec, rows=queries + probe)
+        received = None
+        if receives:
+            out, log_sums, received = attention_and_received(q, k, v, lengths, spec=spec)
+        else:
+            out, log_sums = causal_attention(q, k, v, lengths, spec=spec, rows=queries + probe)
         before, behind = ([x[:, :, part] for x in (q, k, v)] for part in parts)
         inputs = LayerInputs(
             q=before[0][:, :, -queries:],
@@ -183,6 +190,7 @@ def _attend_and_evict(
             index=index,
             num_layers=num_layers,
             log_sums=log_sums[:, :, :queries],
+            received=received,
             probe=Probe(q=behind[0], k=behind[1], v=behind[2]) if probe else None,
         )
         kept = tuple(

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+# Strips of a row that are counted side by side; an int8 holds their number.
+_STRIPS = 16
+
 
 def top_mask(values: Float[Array, "*B T"], counts: Int[Array, "*B"]) -> Bool[Array, "*B T"]:
     """Marks the `counts` largest entries of each row, ties by position, the lower one first.
@@ -21,8 +24,10 @@ def top_mask(values: Float[Array, "*B T"], counts: Int[Array, "*B"]) -> Bool[Arr
         counts: how many to mark in each row, from 1 to T.
     """
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+    uncounted = -values.shape[-1] % _STRIPS
+    bits = jnp.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, uncounted)], constant_values=-1)
     low, exact = _bisect(
-        lambda middle: jnp.sum(bits >= middle[..., None], axis=-1, dtype=jnp.int32),
+        lambda middle: _count(bits >= middle[..., None]),
         counts,
         jnp.zeros_like(counts),
         jnp.max(bits, axis=-1) + 1,
@@ -31,19 +36,38 @@ def top_mask(values: Float[Array, "*B T"], counts: Int[Array, "*B"]) -> Bool[Arr
 
     # More entries than asked for only where several equal the threshold: keep the first of them.
     ties = bits == low[..., None]
-    surplus = jnp.sum(above, axis=-1, dtype=jnp.int32) - counts
-    kept_ties = jnp.sum(ties, axis=-1, dtype=jnp.int32) - surplus
-    columns = values.shape[-1]
+    surplus = _count(above) - counts
+    kept_ties = _count(ties) - surplus
+    columns = bits.shape[-1]
     index = jnp.arange(columns)
     cut, _ = _bisect(
-        lambda middle: jnp.sum(ties & (index < columns - middle[..., None]), axis=-1),
+        lambda middle: _count(ties & (index < columns - middle[..., None])),
         kept_ties,
         jnp.zeros_like(counts),
         jnp.full_like(counts, columns + 1),
         done=exact | (surplus == 0),
     )
     dropped = ties & (index >= columns - cut[..., None])
-    return above & ~(dropped & (surplus > 0)[..., None])
+    marked = above & ~(dropped & (surplus > 0)[..., None])
+    return marked[..., : values.shape[-1]]
+
+
+def _count(marks: Bool[Array, "*B T"]) -> Int[Array, "*B"]:
+    """How many entries of each row are True; T is a multiple of the strips.
+
+    On CPU the strips are added to each other first: that is vectorised over their columns, which
+    takes a quarter of the time of a sum along the row. The narrower type keeps XLA from merging
+    the two sums into that one.
+    """
+
+    def by_strips(marks: Array) -> Array:
+        strips = marks.reshape(*marks.shape[:-1], _STRIPS, -1)
+        return jnp.sum(jnp.sum(strips, axis=-2, dtype=jnp.int8), axis=-1, dtype=jnp.int32)
+
+    def along_row(marks: Array) -> Array:
+        return jnp.sum(marks, axis=-1, dtype=jnp.int32)
+
+    return jax.lax.platform_dependent(marks, cpu=by_strips, default=along_row)
 
 
 def _bisect(

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from restkv_jax.layer import LayerInputs
 from restkv_jax.policies.base import ALL_QUERIES, WindowPolicy
-from restkv_jax.prompt_attention import received_attention
+from restkv_jax.received_attention import received_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,8 @@ class H2O(WindowPolicy):
             raise ValueError(
                 f"q: h2o looks at all {layer.columns} queries, got the last {layer.q.shape[2]}"
             )
+        if layer.received is not None and not self.released:
+            return layer.received
         causal_from = layer.columns - self.window if self.released else 0
         # The prompt's own attention is causal: its sums are those of these weights, too.
         log_sums = None if causal_from else layer.log_sums

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from restkv_jax.decode import LayerSpec
-from restkv_jax.prompt_attention import BLOCK, causal_attention, received_attention
+from restkv_jax.prompt_attention import BLOCK, causal_attention
+from restkv_jax.received_attention import attention_and_received, received_attention
 
 
 def dense(q, k, v, length, spec):
@@ -38,11 +39,26 @@ def test_equals_dense_attention(columns, kv_heads, extra):
     lengths = np.asarray([columns, max(1, columns // 3)])
     out, log_sums = causal_attention(q, k, v, jnp.asarray(lengths), spec=spec)
     received = received_attention(q, k, jnp.asarray(lengths), log_sums, spec=spec)
+    together = attention_and_received(q, k, v, jnp.asarray(lengths), spec=spec)
+    np.testing.assert_array_equal(together[0], out)
+    np.testing.assert_array_equal(together[1], log_sums)
     for b, length in enumerate(lengths):
         expected, sums = dense(q[b], k[b], v[b], length, spec)
         np.testing.assert_allclose(received[b], sums, rtol=2e-5, atol=1e-6)
+        np.testing.assert_allclose(together[2][b], sums, rtol=2e-5, atol=1e-6)
         np.testing.assert_allclose(out[b, :, -length:], expected[:, -length:], atol=3e-6)
         assert (np.asarray(out[b, :, : columns - length]) == 0).all()
+
+
+def test_what_keys_receive_survives_rows_far_below_the_first_block():
+    # The second half's queries see the first block at logits of about -1e3, and their own at 0.
+    columns = 2 * BLOCK
+    q = np.ones((1, 1, columns, 1), np.float32)
+    k = np.where(np.arange(columns) < BLOCK, -1e3, 0.0).astype(np.float32)[None, None, :, None]
+    spec = LayerSpec(num_heads=1, num_kv_heads=1, head_dim=1, scale=1.0)
+    received = attention_and_received(q, k, k, jnp.asarray([columns]), spec=spec)[2]
+    _, sums = dense(q[0], k[0], k[0], columns, spec)
+    np.testing.assert_allclose(received[0], sums, rtol=2e-5, atol=1e-6)
 
 
 def test_memory_does_not_grow_with_the_square_of_the_length():

@@ -26,7 +26,7 @@ from restkv_jax.policies import (
     Random,
     RestKV,
 )
-from restkv_jax.prompt_attention import received_attention
+from restkv_jax.received_attention import received_attention
 from tests.restkv_jax import oracle
 from tests.restkv_jax.jaxprs import sizes
 from tests.restkv_jax.method_equations import (

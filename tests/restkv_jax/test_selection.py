@@ -93,6 +93,16 @@ def test_top_mask_is_a_stable_sort(values, count):
     np.testing.assert_array_equal(np.flatnonzero(ours), oracle.top(row, count))
 
 
+@pytest.mark.parametrize("columns", [16, 37, 400])
+def test_top_mask_of_rows_cut_into_strips(columns):
+    values = np.random.default_rng(columns).integers(0, columns // 4, (5, columns)) / 64.0
+    counts = np.asarray([1, 2, columns // 2, columns - 1, columns])  # rows of many ties
+    values[4] = 0.0
+    ours = jax.jit(top_mask)(values.astype(np.float32), counts)
+    for row, count, marked in zip(values, counts, ours, strict=True):
+        np.testing.assert_array_equal(np.flatnonzero(marked), oracle.top(row, count))
+
+
 @pytest.mark.parametrize("policy", SCORED, ids=repr)
 def test_kept_set_is_the_top_scored_and_holds_the_window(policy):
     length, budget = 50, 17
