@@ -15,6 +15,7 @@ from pallas_kernels.window_scores.form import Kind, ScoreForm
 from pallas_kernels.window_scores.reference import (
     aggregated_reconstruction,
     output_factor,
+    over_queries,
     per_query_reconstruction,
     window_attention,
     window_logits,
@@ -33,6 +34,7 @@ __all__ = [
     "Tiling",
     "aggregated_reconstruction",
     "output_factor",
+    "over_queries",
     "per_query_reconstruction",
     "window_attention",
     "window_logits",

@@ -40,9 +40,7 @@ def window_scores(
         weights = window_attention(q, k, seen, scale=form.scale, softcap=form.softcap)
     if form.kind == "attention":
         past = weights[..., : form.past]
-        if row_weights is None:
-            return jnp.max(past, axis=2)
-        return jnp.sum(past * row_weights[:, None], axis=2)
+        return jnp.max(past, axis=2) if row_weights is None else over_queries(past, row_weights)
     assert v is not None
     assert factor is not None
     if form.kind == "per_query":
@@ -56,9 +54,16 @@ def window_scores(
             past=form.past,
         )
     assert row_weights is not None
-    averaged = (weights * row_weights[:, None]).sum(axis=2)
+    averaged = over_queries(weights, row_weights)
     window = weights.shape[-1] - form.past
     return aggregated_reconstruction(averaged, v, factor, window=window, tau=form.tau)
+
+
+def over_queries(
+    x: Float[Array, "*B W T"], row_weights: Float[Array, " W"]
+) -> Float[Array, "*B T"]:
+    """Σ_t row_weights_t x_t, the window's queries averaged; a product, which is quick on CPU."""
+    return jnp.einsum("...wt,w->...t", x, row_weights, precision=jax.lax.Precision.HIGHEST)
 
 
 def window_visible(
@@ -237,7 +242,7 @@ def per_query_reconstruction(
         error = error[..., :past] ** power
         if row_weights is None:
             return jnp.max(error, axis=1)
-        return jnp.einsum("bwt,w->bt", error, row_weights)
+        return over_queries(error, row_weights)
 
     kv_heads = jnp.arange(weights.shape[1]) // group
     scores = jax.lax.map(head, (jnp.moveaxis(weights, 1, 0), factor, kv_heads))

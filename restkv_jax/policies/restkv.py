@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.window_scores import aggregated_reconstruction
+from pallas_kernels.window_scores import aggregated_reconstruction, over_queries
 from restkv_jax.layer import LayerInputs
 from restkv_jax.policies.base import WindowPolicy, require, require_choice
 from restkv_jax.smoothing import (
@@ -181,7 +181,7 @@ class RestKV(WindowPolicy):
     ) -> Float[Array, "B N T"]:
         assert self.temporal != "max"
         rows = temporal_weights(self.temporal, self.window, self.alpha)
-        averaged = (weights * rows[:, None]).sum(axis=2)
+        averaged = over_queries(weights, rows)
         if not self.carry_over or layer.carried is None:
             return averaged
         # acc <- row_0 becomes acc <- alpha · row_0 + (1 - alpha) · carried.
