@@ -62,8 +62,13 @@ def window_scores(
 def over_queries(
     x: Float[Array, "*B W T"], row_weights: Float[Array, " W"]
 ) -> Float[Array, "*B T"]:
-    """Σ_t row_weights_t x_t, the window's queries averaged; a product, which is quick on CPU."""
-    return jnp.einsum("...wt,w->...t", x, row_weights, precision=jax.lax.Precision.HIGHEST)
+    """Σ_t row_weights_t x_t, the window's queries averaged.
+
+    One product for each head: on CPU a sum over this axis is slow, and a product for all of them
+    transposes x.
+    """
+    rows = jnp.broadcast_to(row_weights, (*x.shape[:-2], 1, x.shape[-2]))
+    return jnp.matmul(rows, x, precision=jax.lax.Precision.HIGHEST)[..., 0, :]
 
 
 def window_visible(
@@ -178,21 +183,23 @@ def aggregated_reconstruction(
     Returns:
         I of the P past keys, finite for any weights.
     """
-    past = weights.shape[-1] - window
-    dominant = jax.nn.one_hot(jnp.argmax(weights[..., :past], -1), weights.shape[-1], dtype=bool)
+    columns = weights.shape[-1]
+    past = columns - window
+    dominant = jax.nn.one_hot(jnp.argmax(weights[..., :past], -1), columns, dtype=bool)
+    remaining = jnp.sum(jnp.where(dominant, 0.0, weights), axis=-1)  # 1 - ā of the dominant key
+    remaining = jnp.maximum(remaining, _TINY)
+    # From here on the window's own keys weigh nothing. A slice would copy the values.
+    weights = jnp.where(jnp.arange(columns) < past, weights, 0.0)
     rest = jnp.where(dominant, 0.0, weights)
-    values = v[:, :, :past]
-    output = window_outputs(weights[..., :past], values)
-    odds = weights / (1.0 - jnp.where(dominant, 0.0, weights))
-    scores = odds[..., :past] * _distance(output, values, factor) ** tau
+    output = window_outputs(weights, v)
+    scores = weights / (1.0 - rest) * _distance(output, v, factor) ** tau
 
-    remaining = jnp.maximum(jnp.sum(rest, axis=-1), _TINY)  # 1 - ā of the dominant key
-    without = window_outputs(rest[..., :past] / remaining[..., None], values)
+    without = window_outputs(rest / remaining[..., None], v)
     weight = jnp.sum(jnp.where(dominant, weights, 0.0), axis=-1)
-    gap = without - window_outputs(dominant[..., :past].astype(jnp.float32), values)
+    gap = without - window_outputs(dominant.astype(jnp.float32), v)
     norm = jnp.linalg.norm(jnp.einsum("bnh,nhr->bnr", gap, factor), axis=-1)
     exact = weight * remaining ** (tau - 1.0) * norm**tau
-    return jnp.where(dominant[..., :past], exact[..., None], scores)
+    return jnp.where(dominant, exact[..., None], scores)[..., :past]
 
 
 def per_query_reconstruction(
