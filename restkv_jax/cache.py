@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from jaxtyping import Array, DTypeLike, Int
 from pallas_kernels.quantized import QuantArray
 from restkv_jax.plan import CachePlan, DecodeEviction
 from restkv_jax.protocols import LayerSpec
-from restkv_jax.slots import LayerStack, join_stacks
+from restkv_jax.slots import LayerStack
 
 
 @jax.tree_util.register_dataclass
@@ -76,11 +75,6 @@ class KVCache:
                 slots = jnp.asarray(stack.sizes, jnp.int32)[:, None] - stack.used
                 left = jnp.minimum(left, jnp.min(slots, axis=0) // stack.heads_per_list)
         return left
-
-    @property
-    def form(self) -> Hashable:
-        """What caches must have alike for `join_rows`: all that is static but the rows."""
-        return jax.tree.structure(self), tuple(stack.form for stack in self.stacks)
 
     def place(self, layer: int | Array) -> tuple[int, int | Array]:
         """A layer's stack and its row there. A traced index needs all layers in one stack.
@@ -218,35 +212,6 @@ def init_cache(
         rows=tuple(rows),
         eviction=plan.eviction,
         by_slot=plan.rope == "slot",
-    )
-
-
-def join_rows(caches: Sequence[KVCache]) -> KVCache:
-    """One cache with the rows of several, in their order, so that they are decoded from at once.
-
-    Which policy filled a cache does not matter, only its form does: the slots of its layers, how
-    they are stored, and what happens when it is full.
-
-    Args:
-        caches: at least one; they stay as they are.
-
-    Raises:
-        ValueError: none, or caches of several forms.
-    """
-    if not caches:
-        raise ValueError("caches: expected at least one")
-    for i, cache in enumerate(caches):
-        if cache.form != caches[0].form:
-            raise ValueError(
-                f"caches: expected caches of one form, number {i} differs from number 0 in the "
-                "slots of its layers, in how they are stored, or in what happens when it is full"
-            )
-    return dataclasses.replace(
-        caches[0],
-        stacks=tuple(
-            join_stacks(stacks) for stacks in zip(*(c.stacks for c in caches), strict=True)
-        ),
-        next_position=jnp.concatenate([cache.next_position for cache in caches]),
     )
 
 

@@ -19,7 +19,7 @@ several devices. With the arrays of any model's attention: `layer_inputs`, then
 """
 
 from restkv_jax.allocation import AdaKV, FrozenHeads, HeadAllocation, SharedBudget
-from restkv_jax.cache import KVCache, init_cache, join_rows
+from restkv_jax.cache import KVCache, init_cache
 from restkv_jax.calibration import HeadBudgets, calibrate_head_budgets
 from restkv_jax.checkpoint import CacheFolderError, RestoredCache, restore_cache, save_cache
 from restkv_jax.compression import CompressedLayer, compress, score, select
@@ -35,6 +35,7 @@ from restkv_jax.generate import (
     generate,
     pad_prompts,
 )
+from restkv_jax.joining import form_of, join_rows
 from restkv_jax.layer import LayerInputs, layer_inputs
 from restkv_jax.leave_one_out import leave_one_out, removal_changes
 from restkv_jax.pieces import prefill_bounded, prefill_chunked
@@ -119,6 +120,7 @@ __all__ = [
     "decode_chunk",
     "decode_step",
     "extend",
+    "form_of",
     "generate",
     "init_cache",
     "init_decode",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,17 +13,6 @@ from pallas_kernels.quantized import QuantArray, quantize
 from pallas_kernels.slot_write import write_slots
 from restkv_jax.compression import CompressedLayer
 from restkv_jax.protocols import LayerSpec
-
-# Where the rows are in a stack's arrays.
-_BATCH_AXIS = {
-    "k": 0,
-    "v": 0,
-    "positions": 0,
-    "owners": 0,
-    "carried": 0,
-    "used": 1,
-    "queries": 1,
-}
 
 
 class LayerSlots(NamedTuple):
@@ -51,19 +38,6 @@ class LayerSlots(NamedTuple):
             By cache head (M = J), or by query head if the entries have owners (M = N).
         """
         return visible(self.positions, self.owners, query, spec, heads)
-
-
-def join_stacks(stacks: Sequence[LayerStack]) -> LayerStack:
-    """One stack with the rows of several that are of one form."""
-
-    def join(axis: int, *parts: Array) -> Array:
-        return jnp.concatenate(parts, axis)
-
-    joined = {
-        name: jax.tree.map(functools.partial(join, axis), *(getattr(s, name) for s in stacks))
-        for name, axis in _BATCH_AXIS.items()
-    }
-    return dataclasses.replace(stacks[0], **joined)
 
 
 def visible(
@@ -124,19 +98,6 @@ class LayerStack:
     queries: Float[Array, "L B N W1 H"] | None = None
     carried: Float[Array, "B N S"] | None = None
     accumulates: bool = dataclasses.field(default=False, metadata={"static": True})
-
-    @property
-    def form(self) -> Hashable:
-        """All that is static but the number of rows."""
-
-        def without(axis: int, leaf: Array) -> Hashable:
-            return (*leaf.shape[:axis], *leaf.shape[axis + 1 :]), leaf.dtype
-
-        return jax.tree.structure(self), tuple(
-            without(axis, leaf)
-            for name, axis in _BATCH_AXIS.items()
-            for leaf in jax.tree.leaves(getattr(self, name))
-        )
 
     def start(self, row: int | Array) -> int | Array:
         """Where a layer's slots begin. A traced row needs layers of one size."""

@@ -21,6 +21,7 @@ from restkv_jax.decode import (
     bucket_length,
     continue_from,
     extend,
+    form_of,
     join_rows,
     last_logits,
     pad_prompts,
@@ -131,7 +132,7 @@ class EvictionEngine:
             return [[label] for label in caches]
         batches: dict[Hashable, list[str]] = {}
         for label, cache in caches.items():
-            batches.setdefault((cache.form, self._plans[label].headroom), []).append(label)
+            batches.setdefault((form_of(cache), self._plans[label].headroom), []).append(label)
         return list(batches.values())
 
     def _ask(
