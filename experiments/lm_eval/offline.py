@@ -34,10 +34,11 @@ doc_to_text: "{{{{context}}}}"
 metadata:
   version: 1
 """
+# The harness puts nothing between the context and the target of a log-likelihood.
 _YAML = {
     "offline_last_word": """\
 output_type: loglikelihood
-doc_to_target: "{{target}}"
+doc_to_target: "{{' ' + target}}"
 metric_list:
   - metric: perplexity
     aggregation: perplexity

@@ -55,8 +55,10 @@ def test_the_harness_reads_them(tmp_path, monkeypatch):
     for task, docs in ((last, last_words(2)), (following, next_lines(2))):
         assert [task.doc_to_text(doc) for doc in task.test_docs()] == [d["context"] for d in docs]
     assert [last.doc_to_target(doc) for doc in last.test_docs()] == [
-        doc["target"] for doc in last_words(2)
+        f" {doc['target']}" for doc in last_words(2)
     ]
+    asked = last.construct_requests(doc := last_words(1)[0], doc["context"], metadata=(None, 0, 1))
+    assert asked.args == (doc["context"], f" {doc['target']}")
     doc = next_lines(2)[0]
     assert following.doc_to_choice(doc) == doc["choices"]
     assert following.doc_to_target(doc) == doc["label"]
