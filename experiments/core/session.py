@@ -6,7 +6,7 @@ import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from experiments.core.progress import RunProgress
 from experiments.core.results import Record, ResultStore, prediction_row
@@ -17,13 +17,11 @@ from experiments.core.table import (
     cost_table,
     difference_table,
     markdown,
+    printed_differences,
     score_table,
 )
 from experiments.core.tasks import TaskSet
 from experiments.core.uncertainty import Average, Scores
-
-# Of more policies than these only the differences to the first one are printed.
-_FEW = 6
 
 # What a benchmark adds to the results of a finished run: files in the folder, further tables.
 Finish = Callable[[ResultStore, Scores], Sequence[TextTable]]
@@ -154,9 +152,4 @@ def _write_tables(
     if not result["averages"]:
         of_averages = []
     write_atomic(folder / "table.md", markdown([scores, *own, *of_averages, *of_sets, costs]))
-    printed = of_averages or of_sets
-    policies = list(result["score"])
-    if len(policies) > _FEW:
-        of: Literal["averages", "sets"] = "averages" if of_averages else "sets"
-        printed = [difference_table(result, of, digits, against=policies[0])]
-    return [scores, *own, *printed, costs]
+    return [scores, *own, *printed_differences(result, digits), costs]

@@ -12,6 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+# Of more policies than these only the differences to the first one are printed.
+_FEW = 6
+
 
 @dataclasses.dataclass(frozen=True)
 class TextTable:
@@ -76,6 +79,20 @@ def difference_table(
     columns = ("set", "policies", "n", "difference", "95 % interval")
     title = f"paired differences, {of}"
     return TextTable(title if against is None else f"{title}, to {against}", columns, tuple(rows))
+
+
+def printed_differences(result: Mapping[str, Any], digits: int = 2) -> list[TextTable]:
+    """The differences that a terminal has room for, none for a single policy.
+
+    Those of the averages where there are some, and only those to the first policy where there are
+    many policies.
+    """
+    if not result["paired"]:
+        return []
+    of: Literal["averages", "sets"] = "averages" if result["averages"] else "sets"
+    policies = list(result["score"])
+    against = policies[0] if len(policies) > _FEW else None
+    return [difference_table(result, of, digits, against=against)]
 
 
 def cost_table(timings: Mapping[str, Sequence[Mapping[str, Any]]]) -> TextTable:

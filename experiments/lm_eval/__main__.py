@@ -22,6 +22,7 @@ from experiments.core.table import (
     difference_table,
     markdown,
     print_tables,
+    printed_differences,
     score_table,
 )
 from experiments.lm_eval.cli import build_parser
@@ -162,10 +163,9 @@ def _report(store: ResultStore, found: dict[str, Any], compression: TextTable) -
     result = store.write_result(scores)
     title = "lm-evaluation-harness, mean of the rows, 0-100"
     tables = [score_table(title, result), compression]
-    if result["paired"]:
-        tables.append(difference_table(result, "sets"))
-    write_atomic(store.folder / "table.md", markdown(tables))
-    return tables
+    every = [difference_table(result, "sets")] if result["paired"] else []
+    write_atomic(store.folder / "table.md", markdown([*tables, *every]))
+    return [*tables, *printed_differences(result)]
 
 
 def _task_folder(args: argparse.Namespace) -> Path | None:
