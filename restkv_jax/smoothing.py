@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.masked_eviction import top_mask
+from pallas_kernels.masked_eviction import row_sum, top_mask
 
 Temporal = Literal["ema", "mean", "inverse_ema", "last"]
 
@@ -67,7 +67,7 @@ def attention_drift(
     top = top_mask(weights, counts)
     # Positions from the middle: their int32 sums stay small, and the drift is a difference.
     from_middle = jnp.arange(columns) - columns // 2
-    means = jnp.sum(jnp.where(top, from_middle, 0), axis=-1) / counts
+    means = row_sum(jnp.where(top, from_middle, 0)) / counts
     return jnp.mean(means[..., :half], axis=-1) - jnp.mean(means[..., half:], axis=-1)
 
 

@@ -16,7 +16,7 @@ from pallas_kernels.masked_eviction.reference import (
     select_slots,
     take,
 )
-from pallas_kernels.masked_eviction.threshold import top_mask
+from pallas_kernels.masked_eviction.threshold import row_sum, top_mask
 from pallas_kernels.quantized import QuantArray
 from pallas_kernels.triton_extra import run_triton, without_triton
 
@@ -24,6 +24,7 @@ __all__ = [
     "Kept",
     "compact",
     "masked_eviction",
+    "row_sum",
     "select_flat",
     "select_slots",
     "take",

@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 # Strips of a row that are counted side by side; an int8 holds their number.
 _STRIPS = 16
 
+_INFINITY = 0x7F800000  # its bits in float32
+
 
 def top_mask(values: Float[Array, "*B T"], counts: Int[Array, "*B"]) -> Bool[Array, "*B T"]:
     """Marks the `counts` largest entries of each row, ties by position, the lower one first.
@@ -24,50 +26,57 @@ def top_mask(values: Float[Array, "*B T"], counts: Int[Array, "*B"]) -> Bool[Arr
         counts: how many to mark in each row, from 1 to T.
     """
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
-    uncounted = -values.shape[-1] % _STRIPS
-    bits = jnp.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, uncounted)], constant_values=-1)
     low, exact = _bisect(
-        lambda middle: _count(bits >= middle[..., None]),
+        lambda middle: row_sum(bits >= middle[..., None]),
         counts,
         jnp.zeros_like(counts),
-        jnp.max(bits, axis=-1) + 1,
+        jnp.full_like(counts, _INFINITY + 1),  # a step more, which costs less than a maximum
     )
-    above = bits >= low[..., None]
+    return jax.lax.cond(
+        jnp.all(exact), lambda: bits >= low[..., None], lambda: _first_ties(bits, low, counts)
+    )
 
-    # More entries than asked for only where several equal the threshold: keep the first of them.
-    ties = bits == low[..., None]
-    surplus = _count(above) - counts
-    kept_ties = _count(ties) - surplus
+
+def row_sum(x: Int[Array, "*B T"] | Bool[Array, "*B T"]) -> Int[Array, "*B"]:
+    """Sums along the rows, as int32; of booleans, how many are True.
+
+    On CPU strips of a row are added to each other first: that is vectorised over their columns,
+    which takes a quarter of the time of a sum along the row. The type between the two sums, int8
+    or one of the same bits as int32, keeps XLA from merging them into that one.
+    """
+    uneven = -x.shape[-1] % _STRIPS
+
+    def by_strips(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, uneven)])
+        strips = x.reshape(*x.shape[:-1], _STRIPS, -1)
+        if x.dtype == bool:
+            return jnp.sum(jnp.sum(strips, axis=-2, dtype=jnp.int8), axis=-1, dtype=jnp.int32)
+        sums = jax.lax.bitcast_convert_type(jnp.sum(strips, axis=-2, dtype=jnp.int32), jnp.uint32)
+        return jax.lax.bitcast_convert_type(jnp.sum(sums, axis=-1, dtype=jnp.uint32), jnp.int32)
+
+    def along_row(x: Array) -> Array:
+        return jnp.sum(x, axis=-1, dtype=jnp.int32)
+
+    return jax.lax.platform_dependent(x, cpu=by_strips, default=along_row)
+
+
+def _first_ties(
+    bits: Int[Array, "*B T"], low: Int[Array, "*B"], counts: Int[Array, "*B"]
+) -> Bool[Array, "*B T"]:
+    """Marks what lies above `low`, and the first of what equals it up to the count."""
+    above, ties = bits >= low[..., None], bits == low[..., None]
+    surplus = row_sum(above) - counts
     columns = bits.shape[-1]
     index = jnp.arange(columns)
     cut, _ = _bisect(
-        lambda middle: _count(ties & (index < columns - middle[..., None])),
-        kept_ties,
+        lambda middle: row_sum(ties & (index < columns - middle[..., None])),
+        row_sum(ties) - surplus,
         jnp.zeros_like(counts),
         jnp.full_like(counts, columns + 1),
-        done=exact | (surplus == 0),
+        done=surplus == 0,
     )
     dropped = ties & (index >= columns - cut[..., None])
-    marked = above & ~(dropped & (surplus > 0)[..., None])
-    return marked[..., : values.shape[-1]]
-
-
-def _count(marks: Bool[Array, "*B T"]) -> Int[Array, "*B"]:
-    """How many entries of each row are True; T is a multiple of the strips.
-
-    On CPU the strips are added to each other first: that is vectorised over their columns, which
-    takes a quarter of the time of a sum along the row. The narrower type keeps XLA from merging
-    the two sums into that one.
-    """
-
-    def by_strips(marks: Array) -> Array:
-        strips = marks.reshape(*marks.shape[:-1], _STRIPS, -1)
-        return jnp.sum(jnp.sum(strips, axis=-2, dtype=jnp.int8), axis=-1, dtype=jnp.int32)
-
-    def along_row(marks: Array) -> Array:
-        return jnp.sum(marks, axis=-1, dtype=jnp.int32)
-
-    return jax.lax.platform_dependent(marks, cpu=by_strips, default=along_row)
+    return above & ~(dropped & (surplus > 0)[..., None])
 
 
 def _bisect(

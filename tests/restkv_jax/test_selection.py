@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.masked_eviction import select_slots, top_mask
+from pallas_kernels.masked_eviction import row_sum, select_slots, top_mask
 from restkv_jax.decode import (
     POLICIES,
     CachePlan,
@@ -101,6 +101,14 @@ def test_top_mask_of_rows_cut_into_strips(columns):
     ours = jax.jit(top_mask)(values.astype(np.float32), counts)
     for row, count, marked in zip(values, counts, ours, strict=True):
         np.testing.assert_array_equal(np.flatnonzero(marked), oracle.top(row, count))
+
+
+@pytest.mark.parametrize("columns", [1, 15, 16, 50, 4096])
+def test_row_sums_are_exact_whatever_the_width(columns):
+    rows = np.random.default_rng(columns).integers(-(2**18), 2**18, (3, columns))
+    ours = jax.jit(row_sum)(rows.astype(np.int32))
+    assert np.array_equal(ours, rows.sum(axis=1))
+    assert np.array_equal(row_sum(rows > 0), (rows > 0).sum(axis=1))
 
 
 @pytest.mark.parametrize("policy", SCORED, ids=repr)
