@@ -20,7 +20,7 @@ several devices. With the arrays of any model's attention: `layer_inputs`, then
 
 from restkv_jax.allocation import AdaKV, FrozenHeads, HeadAllocation, SharedBudget
 from restkv_jax.cache import KVCache, init_cache
-from restkv_jax.calibration import HeadBudgets, calibrate_head_budgets
+from restkv_jax.calibration import calibrate_head_budgets
 from restkv_jax.checkpoint import CacheFolderError, RestoredCache, restore_cache, save_cache
 from restkv_jax.compression import CompressedLayer, compress, score, select
 from restkv_jax.decode_loop import DecodeState, decode_chunk, decode_step, init_decode
@@ -35,6 +35,7 @@ from restkv_jax.generate import (
     generate,
     pad_prompts,
 )
+from restkv_jax.head_budgets import HeadBudgets
 from restkv_jax.joining import form_of, join_rows
 from restkv_jax.layer import LayerInputs, layer_inputs
 from restkv_jax.leave_one_out import leave_one_out, removal_changes

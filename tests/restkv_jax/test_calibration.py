@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from restkv_jax.calibration import (
     BLOCK,
-    HeadBudgets,
-    apportion,
     calibrate_head_budgets,
     global_counts,
     repetition_importance,
@@ -28,6 +26,7 @@ from restkv_jax.decode import (
     prefill,
     with_output_factors,
 )
+from restkv_jax.head_budgets import HeadBudgets, apportion
 from tests.restkv_jax import dense, oracle, tiny
 
 LAYERS, N, K, GROUP = 3, 4, 2, 2
