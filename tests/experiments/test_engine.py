@@ -1,12 +1,13 @@
-"""Questions that are fed to a cache which evicts while decoding, in as many pieces as it takes."""
+"""The engine: questions fed by pieces, and caches decoded together."""
 
 import numpy as np
 import pytest
 
 from experiments.core import engine as engines
+from experiments.core.errors import UserError
 from experiments.core.options import Slots, parse_policy
 from experiments.core.plans import make_plan
-from restkv_jax.decode import CachePlan, Full, generate
+from restkv_jax.decode import CachePlan, Full, generate, pad_prompts, prefill
 from tests.restkv_jax import tiny
 
 
@@ -74,3 +75,22 @@ def test_together_each_policy_draws_what_it_draws_alone(context_tokens):
     shared = [together[label] for label in sizes if sizes[label] == 4]
     per_token = [answer.decode_s / len(answer.token_ids) for answer in shared]
     np.testing.assert_allclose(per_token, per_token[0], rtol=1e-12)
+
+
+def test_together_asks_for_the_memory_of_two_copies(monkeypatch):
+    model = tiny.make()
+    plan = make_plan(parse_policy("streaming"), Slots(24), headroom=8)
+    tokens, valid = pad_prompts([[3, 4, 5]], columns=64)
+    size = prefill(model, tokens, valid, plans=(plan,))[1][0].total_bytes
+
+    def make(free, together):
+        monkeypatch.setattr(engines, "device_memory", lambda: free)
+        engines.EvictionEngine(
+            model, {"x": plan}, longest_prompt=64, weights_bytes=100, together=together
+        )
+
+    make(size + 100, together=False)
+    make(2 * size + 100, together=True)
+    for free, together in ((size + 99, False), (2 * size + 99, True)):
+        with pytest.raises(UserError, match="do not fit"):
+            make(free, together)
