@@ -29,6 +29,7 @@ from experiments.humaneval.scoring import (
 from models import sources as wheels
 from models.errors import CheckpointError
 from tests.experiments.fakes import EOS, CharTokenizer
+from tests.experiments.programs import assert_refused
 
 MODEL = str(Path(__file__).parents[1] / "fixtures/hf_tiny/qwen3_qknorm")
 BODIES = {
@@ -234,8 +235,5 @@ def test_nothing_is_run_unless_it_is_allowed(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, extra, culprit):
-    assert run(tmp_path / "run", *extra) == 2
-    error = capsys.readouterr().err
-    assert culprit in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "run").exists()
+    code = run(tmp_path / "run", *extra)
+    assert_refused(code, capsys.readouterr().err, culprit, tmp_path / "run")

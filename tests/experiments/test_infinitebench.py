@@ -18,6 +18,7 @@ from experiments.infinitebench.metrics import METRICS, score_prediction
 from experiments.infinitebench.synthetic import GENERATED, build_sets
 from experiments.infinitebench.tasks import TASKS, make_spec
 from tests.experiments.fakes import EOS, CharTokenizer
+from tests.experiments.programs import assert_refused
 
 MODEL = str(Path(__file__).parents[1] / "fixtures/hf_tiny/qwen3_qknorm")
 PROMPTING = Prompting(protocol="official", max_length=None, eos_ids=(EOS,))
@@ -250,8 +251,5 @@ def test_a_run_of_generated_tasks_and_of_rows(tmp_path, capsys):
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, extra, culprit):
-    assert run(tmp_path / "run", *extra) == 2
-    error = capsys.readouterr().err
-    assert culprit in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "run").exists()
+    code = run(tmp_path / "run", *extra)
+    assert_refused(code, capsys.readouterr().err, culprit, tmp_path / "run")

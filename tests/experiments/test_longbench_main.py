@@ -16,6 +16,7 @@ from experiments.core.options import Slots, parse_policy
 from experiments.core.plans import describe_plan, make_plan, make_policy
 from experiments.longbench.__main__ import main
 from restkv_jax.decode import TOVA, AdaKV, CachePlan, RestKV, SnapKV
+from tests.experiments.programs import assert_refused, interrupted_after
 
 MODEL = str(Path(__file__).parents[1] / "fixtures/hf_tiny/qwen3_qknorm")
 POLICIES = ("full", "streaming", "snapkv", "restkv", "restkv+preset=paper")
@@ -107,21 +108,11 @@ def test_one_prefill_serves_all_policies(data, tmp_path, monkeypatch):
     assert calls == [5, 5]
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(whole, data, tmp_path, monkeypatch, capsys):
-    out, left = tmp_path / "run", 3
-    original = engines.EvictionEngine.answer
-
-    def tired(self, *args, **kwargs):
-        nonlocal left
-        if left == 0:
-            raise KeyboardInterrupt
-        left -= 1
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(engines.EvictionEngine, "answer", tired)
-    assert run(data, out) == 130
+def test_an_interrupted_run_goes_on_and_ends_the_same(whole, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    with interrupted_after(3):
+        assert run(data, out) == 130
     assert "resume" in capsys.readouterr().err
-    monkeypatch.setattr(engines.EvictionEngine, "answer", original)
     assert run(data, out) == 0
     assert files(out) == files(whole)
 
@@ -169,12 +160,8 @@ def test_the_table_names_the_real_benchmark_and_the_offline_suite_apart(whole, c
 )
 def test_bad_input_is_one_line_and_leaves_nothing(data, tmp_path, capsys, extra, culprit):
     out = tmp_path / "run"
-    assert run(data, out, *extra) == 2
-    error = capsys.readouterr().err
-    assert culprit in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert not out.exists() or not list(out.rglob("*.json*"))
+    code = run(data, out, *extra)
+    assert_refused(code, capsys.readouterr().err, culprit, out)
 
 
 def test_a_broken_line_is_named_before_anything_runs(data, tmp_path, capsys):

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 
-from experiments.core import engine as engines
 from experiments.core.errors import UserError, run_main
 from experiments.core.prompts import Prompting, build_prompt
 from experiments.core.rouge import rouge_1
@@ -25,6 +24,7 @@ from experiments.needle.cli import parse_depths
 from experiments.needle.haystack import build_sets, cut_at
 from experiments.needle.report import exact_score, grid, rouge_score
 from tests.experiments.fakes import EOS, CharTokenizer
+from tests.experiments.programs import assert_refused, interrupted_after
 from tests.experiments.ruler_data import count_words
 
 MODEL = str(Path(__file__).parents[1] / "fixtures/hf_tiny/qwen3_qknorm")
@@ -160,7 +160,7 @@ def run(out, *extra):
     return run_main(lambda: main([*arguments, *extra]))
 
 
-def test_a_run_leaves_cells_scores_and_maps_and_resumes(tmp_path, capsys, monkeypatch):
+def test_a_run_leaves_cells_scores_and_maps_and_resumes(tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(whole) == 0
     printed = capsys.readouterr().out
@@ -176,17 +176,8 @@ def test_a_run_leaves_cells_scores_and_maps_and_resumes(tmp_path, capsys, monkey
         head = (whole / f"{name}.png").read_bytes()[:24]
         assert min(struct.unpack(">II", head[16:])) > 100
 
-    original, left = engines.EvictionEngine.answer, [3]
-
-    def tired(self, *args, **kwargs):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(engines.EvictionEngine, "answer", tired)
-    assert run(parts, "--no-plots") == 130
-    left[0] = 1
+    with interrupted_after(3):
+        assert run(parts, "--no-plots") == 130
     assert run(parts, "--no-plots") == 0
     for name in ("needle.json", "result.json", "pred/full/384.jsonl"):
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
@@ -206,11 +197,8 @@ def test_a_run_leaves_cells_scores_and_maps_and_resumes(tmp_path, capsys, monkey
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, extra, culprit):
-    assert run(tmp_path / "run", *extra) == 2
-    error = capsys.readouterr().err
-    assert culprit in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "run").exists()
+    code = run(tmp_path / "run", *extra)
+    assert_refused(code, capsys.readouterr().err, culprit, tmp_path / "run")
 
 
 def test_haystacks_from_files(tmp_path):

@@ -21,6 +21,7 @@ from experiments.perplexity.measure import Likelihoods, make_plans, mean_nll
 from experiments.perplexity.report import stretches
 from restkv_jax.decode import extend, pad_prompts, prefill
 from tests.experiments.fakes import BOS, CharTokenizer
+from tests.experiments.programs import assert_refused
 from tests.restkv_jax import tiny
 from tests.restkv_jax.dense import logits_of
 
@@ -210,8 +211,5 @@ def test_a_run_leaves_likelihoods_tables_and_plots(tmp_path, capsys):
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, extra, culprit):
-    assert run(tmp_path / "run", *extra) == 2
-    error = capsys.readouterr().err
-    assert culprit in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "run").exists()
+    code = run(tmp_path / "run", *extra)
+    assert_refused(code, capsys.readouterr().err, culprit, tmp_path / "run")

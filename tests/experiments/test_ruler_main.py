@@ -16,6 +16,7 @@ from experiments.core.errors import UserError, run_main
 from experiments.core.options import parse_lengths
 from experiments.ruler.__main__ import main
 from experiments.ruler.cli import build_parser, parse_tasks
+from tests.experiments.programs import assert_refused, interrupted_after
 from tests.experiments.ruler_data import write_folder
 
 MODEL = str(Path(__file__).parents[1] / "fixtures/hf_tiny/qwen3_qknorm")
@@ -107,21 +108,11 @@ def test_results_have_averages_errors_and_paired_differences(whole):
     assert "restkv - streaming" in table
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(whole, data, tmp_path, monkeypatch, capsys):
-    out, left = tmp_path / "run", 3
-    original = engines.EvictionEngine.answer
-
-    def tired(self, *args, **kwargs):
-        nonlocal left
-        if left == 0:
-            raise KeyboardInterrupt
-        left -= 1
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(engines.EvictionEngine, "answer", tired)
-    assert run(data, out) == 130
+def test_an_interrupted_run_goes_on_and_ends_the_same(whole, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    with interrupted_after(3):
+        assert run(data, out) == 130
     assert "resume" in capsys.readouterr().err
-    monkeypatch.setattr(engines.EvictionEngine, "answer", original)
     assert run(data, out) == 0
     assert files(out) == files(whole)
 
@@ -237,12 +228,8 @@ def test_what_is_left_out_is_said_before_the_run(data, tmp_path, capsys, monkeyp
 )
 def test_bad_input_is_one_line_and_leaves_nothing(data, tmp_path, capsys, extra, culprit):
     out = tmp_path / "run"
-    assert run(data, out, *extra) == 2
-    error = capsys.readouterr().err
-    assert culprit in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert not out.exists() or not list(out.rglob("*.json*"))
+    code = run(data, out, *extra)
+    assert_refused(code, capsys.readouterr().err, culprit, out)
 
 
 def test_options():
