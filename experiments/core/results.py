@@ -74,10 +74,15 @@ class ResultStore:
     """
 
     def __init__(
-        self, folder: Path, config: Mapping[str, Any], record: Record = prediction_row
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        record: Record = prediction_row,
+        growing: str | None = None,
     ) -> None:
         self.folder = folder
         self._record = record
+        self._growing = growing
         # As JSON gives it back, so that tuples and lists compare equal on the next run.
         self.config: dict[str, Any] = json.loads(json.dumps(config))
         self._counts: dict[tuple[str, str], int] = {}
@@ -85,7 +90,12 @@ class ResultStore:
     @classmethod
     @contextlib.contextmanager
     def open(
-        cls, folder: Path, config: Mapping[str, Any], record: Record = prediction_row
+        cls,
+        folder: Path,
+        config: Mapping[str, Any],
+        record: Record = prediction_row,
+        *,
+        growing: str | None = None,
     ) -> Iterator[ResultStore]:
         """Opens a run's folder, new or to be resumed.
 
@@ -93,12 +103,14 @@ class ResultStore:
             folder: the output folder.
             config: everything that influences a prediction, as plain JSON values.
             record: the format of the prediction files.
+            growing: an entry of the configuration that may have more keys than the folder's; what
+                other entries say of those keys is new as well.
 
         Raises:
             UserError: if the folder is in use, or holds another configuration or other files.
         """
         with locked(folder):
-            store = cls(folder, config, record)
+            store = cls(folder, config, record, growing)
             store._check_config()
             yield store
 
@@ -185,7 +197,13 @@ class ResultStore:
     def _check_config(self) -> None:
         meta = self.read_meta()
         if meta:
-            keys = differing_keys(meta["config"], self.config)
+            growing = self._growing or ""
+            added = {*self.config.get(growing, ())} - {*meta["config"].get(growing, ())}
+            keys = [
+                key
+                for key in differing_keys(meta["config"], self.config)
+                if not any(key.endswith(f".{one}") for one in added)
+            ]
             if keys:
                 raise UserError(
                     f"--out {self.folder} holds another configuration (it differs in: "

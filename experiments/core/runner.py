@@ -160,20 +160,21 @@ def generating(engine: Engine, tokenizer: Tokenizer, prompting: Prompting, seed:
 
 def evaluate(
     sets: Sequence[TaskSet],
-    policies: Sequence[str],
+    cohorts: Sequence[Sequence[str]],
     *,
     ask: Ask,
     store: ResultStore,
     progress: RunProgress,
 ) -> None:
-    """Asks every row that is not stored yet, once for all policies.
+    """Asks every row that is not stored yet, once for all policies of a cohort.
 
     Every answer is on disk before the next row is begun, so a run can be stopped at any time and
     goes on at the next row.
 
     Args:
         sets: the sets, in order.
-        policies: labels of the policies.
+        cohorts: labels of the policies, those together that are asked together: all of a run, but
+            for policies that came to it later.
         ask: asks one row.
         store: where answers go.
         progress: is told of each row.
@@ -185,19 +186,23 @@ def evaluate(
     counts = {
         (task.spec.name, policy): store.done(policy, task.spec.name, task.rows)
         for task in sets
+        for policies in cohorts
         for policy in policies
     }
     for task in sets:
         spec = task.spec
-        first = min(counts[spec.name, policy] for policy in policies)
+        first = min(counts[spec.name, policy] for policies in cohorts for policy in policies)
         progress.start_set(spec.name, len(task.rows), first)
         for index in range(first, len(task.rows)):
             row = task.rows[index]
-            # All policies, even where a kill between two of them left only some: together they
-            # are the same program as before, and round alike.
-            found = ask(spec, row, index, policies)
-            for policy in policies:
-                if counts[spec.name, policy] <= index:
+            for policies in cohorts:
+                missing = [policy for policy in policies if counts[spec.name, policy] <= index]
+                if not missing:
+                    continue
+                # All of the cohort, even where a kill between two of them left only some: together
+                # they are the same program as before, and round alike.
+                found = ask(spec, row, index, policies)
+                for policy in missing:
                     cost = dataclasses.asdict(found[policy].cost)
                     store.append(policy, spec.name, row, found[policy].prediction, cost)
             progress.row_done()

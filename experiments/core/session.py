@@ -63,9 +63,12 @@ def run_session(
 ) -> list[TextTable]:
     """Runs, or goes on with, one evaluation.
 
+    A folder takes further policies: given with those that it holds, they alone are asked.
+
     Args:
         folder: the results folder.
-        config: everything that influences a prediction, `describe_sets` included.
+        config: everything that influences a prediction, `describe_sets` included; what it says of
+            each policy stands under "policies".
         environment: versions, device and commit, for `run_meta.json`.
         title: title of the score table.
         sets: the sets to ask.
@@ -87,8 +90,9 @@ def run_session(
     Raises:
         UserError: if the folder is in use, holds another configuration, or cannot be written.
     """
-    with ResultStore.open(folder, config, record) as store:
-        before = store.read_meta().get("sessions", [])
+    with ResultStore.open(folder, config, record, growing="policies") as store:
+        meta = store.read_meta()
+        before, cohorts = meta.get("sessions", []), _cohorts(meta, policies)
         started = time.monotonic()
         session: dict[str, Any] = {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -100,7 +104,8 @@ def run_session(
             session["seconds"] = round(time.monotonic() - started, 3)
             sessions = [*before, session]
             seconds = round(sum(entry.get("seconds", 0.0) for entry in sessions), 3)
-            store.write_meta({"finished": finished, "seconds": seconds, "sessions": sessions})
+            facts = {"finished": finished, "seconds": seconds, "cohorts": cohorts}
+            store.write_meta({**facts, "sessions": sessions})
 
         complete = all(
             store.done(policy, task.spec.name, task.rows) == len(task.rows)
@@ -114,13 +119,7 @@ def run_session(
         try:
             if ask is not None:
                 with progress or RunProgress() as shown:
-                    evaluate(
-                        sets,
-                        policies,
-                        ask=ask,
-                        store=store,
-                        progress=shown,
-                    )
+                    evaluate(sets, cohorts, ask=ask, store=store, progress=shown)
             scores = score_run(sets, policies, store, score)
             own = finish(store, scores) if finish is not None else ()
             result = store.write_result(scores, averages, digits)
@@ -134,6 +133,13 @@ def run_session(
             # Also after Ctrl-C: the seconds of every session add up.
             write_meta(finished)
         return tables
+
+
+def _cohorts(meta: Mapping[str, Any], policies: Sequence[str]) -> list[list[str]]:
+    """Policies by the session that they came with, of a folder's `run_meta.json` and now."""
+    known: list[list[str]] = meta.get("cohorts", [])
+    added = [policy for policy in policies if not any(policy in cohort for cohort in known)]
+    return [*known, added] if added else known
 
 
 def _write_tables(

@@ -180,7 +180,8 @@ def test_row_seeds_differ():
     assert len(seeds) == 8
 
 
-def session(folder, engine, sets=SETS, changes=None):
+def session(folder, engine, sets=SETS, changes=None, policies=None):
+    policies = policies or POLICIES
     made = []
 
     def make_engine():
@@ -189,11 +190,15 @@ def session(folder, engine, sets=SETS, changes=None):
 
     tables = run_session(
         folder=folder,
-        config={"sets": describe_sets(sets), "policies": list(POLICIES), **(changes or {})},
+        config={
+            "sets": describe_sets(sets),
+            "policies": dict.fromkeys(policies),
+            **(changes or {}),
+        },
         environment={"python": "x"},
         title="a title",
         sets=sets,
-        policies=POLICIES,
+        policies=policies,
         make_ask=lambda: generating(make_engine(), CharTokenizer(), OFFICIAL, 3),
         score=score_prediction,
         progress=RunProgress(io.StringIO()),
@@ -252,6 +257,30 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, rows, error):
     meta = json.loads((tmp_path / "parts" / "run_meta.json").read_text())
     assert meta["finished"]
     assert len(meta["sessions"]) == 2
+
+
+def test_policies_that_come_later_are_asked_alone(tmp_path):
+    """And a run that is stopped while they are asked goes on with each cohort as it was."""
+    more = ("h2o", *POLICIES, "tova")
+    for folder, stops in (("whole", [5]), ("parts", [2, 3])):
+        with contextlib.suppress(KeyboardInterrupt):
+            session(tmp_path / folder, FakeEngine(fail_after=stops[0]))
+        asked = []
+        for stop in (*stops[1:], None):
+            engine = FakeEngine(fail_after=stop)
+            with contextlib.suppress(KeyboardInterrupt):
+                session(tmp_path / folder, engine, policies=more)
+            asked += [policies for _, policies, _ in engine.calls]
+        assert asked.count(("h2o", "tova")) == 5
+        assert asked.count(POLICIES) == 5 - stops[0]
+        assert len(asked) == 10 - stops[0]
+    assert files(tmp_path / "whole") == files(tmp_path / "parts")
+    assert list(json.loads((tmp_path / "whole/result.json").read_text())["score"]) == list(more)
+    # What is there already is not left out.
+    with pytest.raises(UserError, match=r"differs in: policies\.h2o, policies\.tova"):
+        session(tmp_path / "whole", None)
+    with pytest.raises(UserError, match="differs in: seed"):
+        session(tmp_path / "whole", None, policies=(*more, "snapkv"), changes={"seed": 4})
 
 
 def test_a_kill_in_the_middle_of_a_line_resumes_to_the_same_bytes(tmp_path):
@@ -335,10 +364,10 @@ def test_progress_lines_where_there_is_no_terminal(tmp_path):
         store.write_meta({})
         with contextlib.suppress(KeyboardInterrupt):
             evaluate(
-                SETS[:1], POLICIES, ask=asked_by(FakeEngine(2)), store=store, progress=progress
+                SETS[:1], [POLICIES], ask=asked_by(FakeEngine(2)), store=store, progress=progress
             )
     with ResultStore.open(tmp_path, config) as store:
-        evaluate(SETS, POLICIES, ask=asked_by(FakeEngine()), store=store, progress=progress)
+        evaluate(SETS, [POLICIES], ask=asked_by(FakeEngine()), store=store, progress=progress)
     lines = stream.getvalue().splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("chat: 3 rows in ")
