@@ -65,7 +65,7 @@ class Needle:
     Attributes:
         sentence: what stands in the haystack.
         question: the question.
-        prefix: how the answer begins.
+        prefix: how the answer begins, prepositions included: "beneath" for "under" is no error.
         answer: what follows; several words, because the first token of an answer comes from the
             full prefill, whatever the policy, when the question is part of the prompt.
     """
@@ -85,9 +85,9 @@ def draw_needle(rng: random.Random) -> Needle:
     said, question, answer = rng.choice(
         [
             (
-                f"The key to the {building} of {town} is hidden",
+                f"The key to the {building} of {town} is hidden under",
                 f"Where is the key to the {building} of {town} hidden?",
-                f"under the {colours[0]} {thing} next to the {place}",
+                f"the {colours[0]} {thing} next to the {place}",
             ),
             (
                 f"{name} the {job} came to {town} to buy",
@@ -95,9 +95,9 @@ def draw_needle(rng: random.Random) -> Needle:
                 f"{count} {colours[0]} {thing}s and a {colours[1]} hat",
             ),
             (
-                f"The secret meeting of the {job}s of {town} takes place",
+                f"The secret meeting of the {job}s of {town} takes place behind",
                 f"Where does the secret meeting of the {job}s of {town} take place?",
-                f"behind the {building} with the {colours[0]} door near the {place}",
+                f"the {building} with the {colours[0]} door near the {place}",
             ),
         ]
     )
