@@ -26,7 +26,7 @@ by_name = {spec.name: spec for spec in SPECS}
 simulator = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
 
-def close(ours, theirs, dtype):
+def assert_close(ours, theirs, dtype):
     """Outputs in bfloat16 to 8 bits of theirs, as their weights are rounded too."""
     out, weights = ours
     exact = dtype == jnp.float32
@@ -41,10 +41,10 @@ def test_reference_and_tpu_kernel_equal_float64(spec, dtype):
     inputs = spec.inputs(dtype)
     theirs = expected(spec, inputs)
     reference = functools.partial(decode_attention, **spec.options, weights=True)
-    close(jax.jit(reference)(*inputs), theirs, dtype)
+    assert_close(jax.jit(reference)(*inputs), theirs, dtype)
     run = functools.partial(decode_attention_tpu, **spec.options, weights=True, interpret=True)
     inputs = poisoned(spec, inputs)
-    close(run(*inputs), theirs, dtype)
+    assert_close(run(*inputs), theirs, dtype)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_tpu_kernel_over_several_blocks(name, block):
     inputs = spec.inputs(jnp.float32)
     run = functools.partial(decode_attention_tpu, tiling=Tiling(block=block), interpret=True)
     ours = run(*poisoned(spec, inputs), **spec.options, weights=True)
-    close(ours, expected(spec, inputs), jnp.float32)
+    assert_close(ours, expected(spec, inputs), jnp.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -67,7 +67,7 @@ def test_tpu_kernel_in_the_simulator(name, dtype):
     block = Tiling(block=32) if spec.slots % 128 else Tiling(block=128)
     run = functools.partial(decode_attention_tpu, tiling=block, interpret=simulator)
     ours = run(*poisoned(spec, inputs), **spec.options, weights=True)
-    close(ours, expected(spec, inputs), dtype)
+    assert_close(ours, expected(spec, inputs), dtype)
 
 
 def test_a_traced_start_reads_the_layer_that_it_says():
@@ -87,7 +87,7 @@ def test_a_traced_start_reads_the_layer_that_it_says():
         part = slice(layer * spec.slots, (layer + 1) * spec.slots)
         theirs = decode_attention_xla(q, k[:, :, part], v[:, :, part], visible, **options)
         for one in ours(layer):
-            close(one, [np.asarray(x, np.float64) for x in theirs], jnp.float32)
+            assert_close(one, [np.asarray(x, np.float64) for x in theirs], jnp.float32)
 
 
 def test_layers_that_no_block_fits_are_cut_out():
@@ -97,7 +97,7 @@ def test_layers_that_no_block_fits_are_cut_out():
     ours = decode_attention_tpu(
         *poisoned(spec, inputs), **spec.options, weights=True, interpret=True
     )
-    close(ours, expected(spec, inputs), jnp.float32)
+    assert_close(ours, expected(spec, inputs), jnp.float32)
     with pytest.raises(ValueError, match=r"tiling: blocks of 8 slots .* multiple of 61"):
         decode_attention_tpu(
             *inputs, **spec.options, weights=False, tiling=Tiling(block=8), interpret=True
@@ -193,7 +193,7 @@ def test_on_a_mesh_of_rows_and_heads():
     def op(*args):
         return decode_attention_tpu(*args, **spec.options, weights=True, interpret=True)
 
-    close(op(*poisoned(spec, inputs)), expected(spec, inputs), jnp.float32)
+    assert_close(op(*poisoned(spec, inputs)), expected(spec, inputs), jnp.float32)
 
 
 @pytest.mark.parametrize(

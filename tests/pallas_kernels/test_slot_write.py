@@ -39,7 +39,7 @@ def by_hand(stacks, entries, slots):
     return stacks
 
 
-def equal(ours, theirs):
+def assert_equal(ours, theirs):
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -48,14 +48,14 @@ def equal(ours, theirs):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8], ids=str)
 def test_writes_each_entry_and_nothing_else(dtype, total):
     args = example(dtype, total)
-    equal(write_slots(*args), by_hand(*args))
-    equal(write_slots_tpu(*args, interpret=True), by_hand(*args))
+    assert_equal(write_slots(*args), by_hand(*args))
+    assert_equal(write_slots_tpu(*args, interpret=True), by_hand(*args))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8], ids=str)
 def test_in_the_simulator(dtype):
     args = example(dtype, 64)
-    equal(write_slots_tpu(*args, interpret=simulator), by_hand(*args))
+    assert_equal(write_slots_tpu(*args, interpret=simulator), by_hand(*args))
 
 
 def test_on_a_mesh_of_rows():
@@ -63,7 +63,7 @@ def test_on_a_mesh_of_rows():
     split = PartitionSpec("data")
     args = example(jnp.float32)
     run = functools.partial(write_slots_tpu, interpret=True)
-    equal(
+    assert_equal(
         jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)(*args),
         by_hand(*args),
     )
