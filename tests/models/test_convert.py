@@ -53,9 +53,8 @@ def test_fixtures_round_trip_is_bit_identical(converted, dtype):
     assert after.tokenizer.encode(text) == before.tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("name", ["float16", "mixed_dtype", "plain"])
-def test_fixtures_weights_are_stored_as_they_are(tmp_path, name):
-    folder = FIXTURES / "hf_tiny/quirks" / name
+@pytest.mark.parametrize("folder", checkpoints("hf_tiny/quirks/*"))
+def test_fixtures_weights_are_stored_as_they_are(tmp_path, folder):
     convert.convert(folder, tmp_path / "out")
     before, after = open_checkpoint(folder).parameters, open_checkpoint(tmp_path / "out").parameters
     for path in before.shapes:
