@@ -13,7 +13,9 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from models.config import ModelConfig
 from models.layers import Linear, RMSNorm, Weights
+from models.matmul import matmul
 from models.rope import rope_angles
+from pallas_kernels.bits import move
 from restkv_jax.protocols import Attend, LayerSpec, State
 
 
@@ -124,7 +126,7 @@ class Decoder(nnx.Module):
     ) -> Iterator[tuple[Float[Array, "B T D"], State]]:
         """The residual stream after each layer, and last of all what `__call__` returns."""
         config = self.config
-        x = self.embed[...][tokens]
+        x = move(lambda table, at: table[at], self.embed[...], at=tokens)
         if config.scaled_embeddings:
             # The factor is rounded to the weights' dtype, as in training.
             x = x * jnp.asarray(config.hidden_size**0.5, x.dtype)
@@ -139,7 +141,9 @@ class Decoder(nnx.Module):
 
     def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32, accumulated in float32 whatever the weights are."""
-        head = self.embed[...].T if self.head is None else self.head.w[...]
-        logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        if self.head is None:
+            logits = matmul(hidden, self.embed[...], jnp.float32, transposed=True)
+        else:
+            logits = matmul(hidden, self.head.w[...], jnp.float32)
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from models.config import ModelConfig
+from models.matmul import matmul
 from models.rope import rotate
 from restkv_jax.protocols import Attend, State
 
@@ -57,7 +58,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         """Projects the last axis."""
-        y = x @ self.w[...]
+        y = matmul(x, self.w[...])
         return y if self.b is None else y + _row(self.b[...], y.ndim)
 
 

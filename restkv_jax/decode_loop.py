@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from pallas_kernels import bits
 from restkv_jax.cache import KVCache
 from restkv_jax.feed import feed
 from restkv_jax.protocols import CausalLM
@@ -122,7 +123,7 @@ def decode_chunk(
         drawn = jnp.where(active, state.token, -1), jnp.where(active, state.logprob, 0.0)
         return state, drawn
 
-    state, (tokens, logprobs) = jax.lax.scan(step, state, length=steps)
+    state, (tokens, logprobs) = bits.scan(step, state, length=steps)
     return state, tokens.T, logprobs.T
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import bits
 from pallas_kernels.masked_eviction import compact
 from pallas_kernels.quantized import QuantArray, dequantize
 from pallas_kernels.window_scores import output_factor
@@ -82,7 +83,7 @@ def evict_rows(
         return jnp.zeros((), bool), dataclasses.replace(stack, used=used)
 
     needed: Callable[[tuple[Array, LayerStack]], Array] = lambda state: state[0]  # noqa: E731
-    _, stack = jax.lax.while_loop(needed, evict, (jnp.any(full), stack))
+    _, stack = bits.while_loop(needed, evict, (jnp.any(full), stack))
     return dataclasses.replace(stack, queries=queries)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.bits import move
 from pallas_kernels.quantized import QuantArray, quantize
 from pallas_kernels.slot_write import write_slots
 from restkv_jax.compression import CompressedLayer
@@ -134,9 +135,11 @@ class LayerStack:
         """This stack with one layer's first slots exchanged, as many as `layer` has."""
         start = self.start(row)
 
-        def put(whole: Array, part: Array) -> Array:
-            part = part.astype(whole.dtype)
+        def write(whole: Array, part: Array, start: Array) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=2)
+
+        def put(whole: Array, part: Array) -> Array:
+            return move(write, whole, part.astype(whole.dtype), at=jnp.asarray(start))
 
         return dataclasses.replace(self, **jax.tree.map(put, self._slots(), layer)._asdict())
 
@@ -245,7 +248,11 @@ class LayerStack:
         new = (positions >= 0) & (positions > last - kept)
         slot = jnp.where(new, positions % kept, kept)  # out of bounds: dropped
         rows = jnp.arange(positions.shape[0])[:, None]
-        queries = self.queries.at[row, rows, :, slot].set(q.astype(self.queries.dtype), mode="drop")
+
+        def write(queries: Array, q: Array, slot: Array) -> Array:
+            return queries.at[row, rows, :, slot].set(q, mode="drop")
+
+        queries = move(write, self.queries, q.astype(self.queries.dtype), at=slot)
         return dataclasses.replace(self, queries=queries)
 
     def receive(self, row: int | Array, weights: Float[Array, "B N S"]) -> LayerStack:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Num
 
+from pallas_kernels.bits import move
 from pallas_kernels.dispatch import Implementation, Kernel, dispatch
 
 __all__ = ["write_slots"]
@@ -66,10 +66,10 @@ def write_slots_xla(
     """`write_slots` in plain XLA."""
     rows = jnp.arange(slots.shape[0])[:, None]
 
-    def write(stack: Array, entry: Array) -> Array:
+    def write(stack: Array, entry: Array, slots: Array) -> Array:
         return stack.at[rows, :, slots].set(entry, mode="drop")
 
-    return jax.tree.map(write, stacks, entries)
+    return tuple(move(write, *pair, at=slots) for pair in zip(stacks, entries, strict=True))
 
 
 def _refusal(stacks: Arrays, slots: Array) -> str | None:

@@ -6,8 +6,16 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import DTypeLike
 
 from restkv_jax.decode import LayerSpec
+
+# For tests of what a compiled program holds: in all others XLA is told to be quick.
+OPTIMISED = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_backend_extra_options": "",
+}
 
 
 def rotary(size: int) -> tuple[float, ...]:
@@ -103,6 +111,11 @@ def make(
         **spec,
     )
     return TinyModel(params, (one,) * layers)
+
+
+def cast(model: TinyModel, dtype: DTypeLike) -> TinyModel:
+    """The same weights in another type."""
+    return dataclasses.replace(model, params=jax.tree.map(lambda x: x.astype(dtype), model.params))
 
 
 def with_windows(model: TinyModel, windows: tuple[int | None, ...]) -> TinyModel:

@@ -1,0 +1,126 @@
+"""Moving 16-bit floats as bits, which is what they are to whoever only moves them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num
+
+__all__ = ["move", "scan", "while_loop"]
+
+Move = Callable[..., Num[Array, "*Out"]]
+Carry = TypeVar("Carry")
+X = TypeVar("X")
+Out = TypeVar("Out")
+
+
+def move(how: Move, *numbers: Num[Array, "*In"], at: Int[Array, "*I"]) -> Num[Array, "*Out"]:
+    """`how(*numbers, at)`, without a change of type on CPU.
+
+    XLA:CPU computes bfloat16 and float16 in float32 and takes moving them for computing: to write
+    one entry into a cache, it turns the whole cache into float32 and back. Integers stay what
+    they are. Derivatives are those of `how`, which is linear.
+
+    Args:
+        how: reads and writes numbers by their place alone, whatever their type.
+        *numbers: arrays of one dtype, which is that of the result, too.
+        at: the places.
+    """
+    if not _is_short(numbers[0]):
+        return how(*numbers, at)
+    return _move_floats(how, numbers, at)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _move_floats(
+    how: Move, floats: tuple[Float[Array, "*In"], ...], at: Int[Array, "*I"]
+) -> Float[Array, "*Out"]:
+    def as_bits(floats: tuple[Array, ...], at: Array) -> Array:
+        return jax.lax.bitcast_convert_type(how(*_to_bits(floats), at), floats[0].dtype)
+
+    def as_floats(floats: tuple[Array, ...], at: Array) -> Array:
+        return how(*floats, at)
+
+    return jax.lax.platform_dependent(floats, at, cpu=as_bits, default=as_floats)
+
+
+@_move_floats.defjvp
+def _move_tangents(
+    how: Move, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Array, Array]:
+    (floats, at), (changes, _) = primals, tangents
+    _, change = jax.jvp(lambda *floats: how(*floats, at), floats, changes)
+    return _move_floats(how, floats, at), change
+
+
+def scan(
+    step: Callable[[Carry, X], tuple[Carry, Out]],
+    carry: Carry,
+    xs: X | None = None,
+    *,
+    length: int | None = None,
+) -> tuple[Carry, Out]:
+    """`jax.lax.scan` that on CPU carries 16-bit floats as bits, for steps that `move` them.
+
+    Otherwise each step would end by turning whole arrays of bits into floats.
+    """
+
+    def plain(carry: Carry, xs: X | None) -> tuple[Carry, Out]:
+        return jax.lax.scan(step, carry, xs, length=length)
+
+    def on_cpu(carry: Carry, xs: X | None) -> tuple[Carry, Out]:
+        def step_on_bits(bits: Any, x: X) -> tuple[Any, Out]:
+            after, out = step(_from_bits(bits, carry), x)
+            return _to_bits(after), out
+
+        bits, out = jax.lax.scan(step_on_bits, _to_bits(carry), xs, length=length)
+        return _from_bits(bits, carry), out
+
+    if not any(map(_is_short, jax.tree.leaves(carry))):
+        return plain(carry, xs)
+    step = jax.jit(step)  # traced once for both
+    return jax.lax.platform_dependent(carry, xs, cpu=on_cpu, default=plain)
+
+
+def while_loop(
+    condition: Callable[[Carry], Bool[Array, ""]], step: Callable[[Carry], Carry], carry: Carry
+) -> Carry:
+    """`jax.lax.while_loop`, with what `scan` does."""
+
+    def plain(carry: Carry) -> Carry:
+        return jax.lax.while_loop(condition, step, carry)
+
+    def on_cpu(carry: Carry) -> Carry:
+        bits = jax.lax.while_loop(
+            lambda bits: condition(_from_bits(bits, carry)),
+            lambda bits: _to_bits(step(_from_bits(bits, carry))),
+            _to_bits(carry),
+        )
+        return _from_bits(bits, carry)
+
+    if not any(map(_is_short, jax.tree.leaves(carry))):
+        return plain(carry)
+    step = jax.jit(step)  # traced once for both
+    return jax.lax.platform_dependent(carry, cpu=on_cpu, default=plain)
+
+
+def _is_short(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+
+
+def _to_bits(floats: Any) -> Any:
+    def bits(x: Array) -> Array:
+        return jax.lax.bitcast_convert_type(x, jnp.uint16) if _is_short(x) else x
+
+    return jax.tree.map(bits, floats)
+
+
+def _from_bits(bits: Any, like: Any) -> Any:
+    def floats(x: Array, y: Array) -> Array:
+        return jax.lax.bitcast_convert_type(x, y.dtype) if _is_short(y) else x
+
+    return jax.tree.map(floats, bits, like)
