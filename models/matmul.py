@@ -35,7 +35,7 @@ def matmul(
         if rows.shape[0] == 1:
             rows = jnp.broadcast_to(rows, (2, rows.shape[1]))
         y = jax.lax.dot_general(rows, w, axes, preferred_element_type=jnp.float32)
-        return y[: x.size // x.shape[-1]].reshape(*x.shape[:-1], -1).astype(dtype)
+        return y[: x.size // x.shape[-1]].reshape(*x.shape[:-1], y.shape[-1]).astype(dtype)
 
     def elsewhere(x: Array, w: Array) -> Array:
         return jnp.matmul(x, w.T if transposed else w, preferred_element_type=dtype)

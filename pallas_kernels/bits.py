@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
 __all__ = ["move", "scan", "while_loop"]
@@ -18,7 +19,7 @@ X = TypeVar("X")
 Out = TypeVar("Out")
 
 
-def move(how: Move, *numbers: Num[Array, "*In"], at: Int[Array, "*I"]) -> Num[Array, "*Out"]:
+def move(how: Move, *numbers: Num[Array, "*In"], at: int | Int[Array, "*I"]) -> Num[Array, "*Out"]:
     """`how(*numbers, at)`, without a change of type on CPU.
 
     XLA:CPU computes bfloat16 and float16 in float32 and takes moving them for computing: to write
@@ -32,12 +33,14 @@ def move(how: Move, *numbers: Num[Array, "*In"], at: Int[Array, "*I"]) -> Num[Ar
     """
     if not _is_short(numbers[0]):
         return how(*numbers, at)
-    return _move_floats(how, numbers, at)
+    # Of 64 bits, for whoever asks for the shapes of what no memory holds.
+    places = np.asarray(at) if isinstance(at, int) else at
+    return _move_floats(how, numbers, places)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _move_floats(
-    how: Move, floats: tuple[Float[Array, "*In"], ...], at: Int[Array, "*I"]
+    how: Move, floats: tuple[Float[Array, "*In"], ...], at: Int[Array, "*I"] | np.ndarray
 ) -> Float[Array, "*Out"]:
     def as_bits(floats: tuple[Array, ...], at: Array) -> Array:
         return jax.lax.bitcast_convert_type(how(*_to_bits(floats), at), floats[0].dtype)

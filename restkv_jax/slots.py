@@ -135,11 +135,11 @@ class LayerStack:
         """This stack with one layer's first slots exchanged, as many as `layer` has."""
         start = self.start(row)
 
-        def write(whole: Array, part: Array, start: Array) -> Array:
+        def write(whole: Array, part: Array, start: int | Array) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=2)
 
         def put(whole: Array, part: Array) -> Array:
-            return move(write, whole, part.astype(whole.dtype), at=jnp.asarray(start))
+            return move(write, whole, part.astype(whole.dtype), at=start)
 
         return dataclasses.replace(self, **jax.tree.map(put, self._slots(), layer)._asdict())
 

@@ -20,7 +20,7 @@ def example(rows, dtype, transposed=False):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
-@pytest.mark.parametrize("rows", [(1,), (3,), (1, 1), (2, 1), (1, 5), (2, 3)], ids=str)
+@pytest.mark.parametrize("rows", [(0,), (1,), (3,), (1, 1), (2, 1), (1, 5), (2, 3)], ids=str)
 def test_sums_in_float32(rows, dtype, transposed):
     x, w, exact = example(rows, dtype, transposed)
     run = jax.jit(matmul, static_argnames=("dtype", "transposed"))
