@@ -70,6 +70,9 @@ def scan(
     """`jax.lax.scan` that on CPU carries 16-bit floats as bits, for steps that `move` them.
 
     Otherwise each step would end by turning whole arrays of bits into floats.
+
+    Raises:
+        NotImplementedError: someone asks for derivatives with respect to 16-bit floats carried.
     """
 
     def plain(carry: Carry, xs: X | None) -> tuple[Carry, Out]:
@@ -78,9 +81,9 @@ def scan(
     def on_cpu(carry: Carry, xs: X | None) -> tuple[Carry, Out]:
         def step_on_bits(bits: Any, x: X) -> tuple[Any, Out]:
             after, out = step(_from_bits(bits, carry), x)
-            return _to_bits(after), out
+            return _carried(after), out
 
-        bits, out = jax.lax.scan(step_on_bits, _to_bits(carry), xs, length=length)
+        bits, out = jax.lax.scan(step_on_bits, _carried(carry), xs, length=length)
         return _from_bits(bits, carry), out
 
     if not any(map(_is_short, jax.tree.leaves(carry))):
@@ -100,8 +103,8 @@ def while_loop(
     def on_cpu(carry: Carry) -> Carry:
         bits = jax.lax.while_loop(
             lambda bits: condition(_from_bits(bits, carry)),
-            lambda bits: _to_bits(step(_from_bits(bits, carry))),
-            _to_bits(carry),
+            lambda bits: _carried(step(_from_bits(bits, carry))),
+            _carried(carry),
         )
         return _from_bits(bits, carry)
 
@@ -109,6 +112,19 @@ def while_loop(
         return plain(carry)
     step = jax.jit(step)  # traced once for both
     return jax.lax.platform_dependent(carry, cpu=on_cpu, default=plain)
+
+
+@jax.custom_jvp
+def _carried(floats: Any) -> Any:
+    return _to_bits(floats)
+
+
+@_carried.defjvp
+def _no_derivative(*_: Any) -> Any:
+    # Those of bits are 0, which would be wrong without a word.
+    raise NotImplementedError(
+        "16-bit floats that a loop carries as bits have no derivatives; use float32"
+    )
 
 
 def _is_short(x: Array) -> bool:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import bits
 from restkv_jax.cache import KVCache, init_cache
 from restkv_jax.compression import compress
 from restkv_jax.eviction import cache_inputs
@@ -195,7 +194,7 @@ def _feed_pieces(
         hidden, cache = feed(model, cache, *piece, evict=evict)
         return cache, hidden[:, -1]
 
-    cache, hidden = bits.scan(step, cache, pieces)
+    cache, hidden = jax.lax.scan(step, cache, pieces)
     return hidden[-1], cache
 
 

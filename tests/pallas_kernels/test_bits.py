@@ -97,3 +97,15 @@ def test_on_other_platforms_floats_stay_floats():
     assert "ui16" in lowered.lower(lowering_platforms=("cpu",)).as_text()
     for platform in ("tpu", "cuda"):
         assert "ui16" not in lowered.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda d: d.__name__)
+def test_derivatives_through_a_loop_are_right_or_refused(dtype):
+    def last(x):
+        return bits.scan(lambda c, _: (c * 2, None), x, length=3)[0].astype(jnp.float32)
+
+    if dtype == jnp.float32:
+        assert float(jax.grad(last)(dtype(1))) == 8
+    else:
+        with pytest.raises(NotImplementedError, match="use float32"):
+            jax.grad(last)(jnp.asarray(1, dtype))

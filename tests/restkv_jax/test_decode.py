@@ -42,10 +42,9 @@ POLICIES = [
 NO_STOP = jnp.asarray([-1])
 
 
-def plan_of(policy, budget=12, headroom=16):
-    return CachePlan(
-        policy=policy, budget=budget if policy.needs_budget else None, headroom=headroom
-    )
+def plan_of(policy, budget=12, headroom=16, **evicting):
+    budget = budget if policy.needs_budget else None
+    return CachePlan(policy=policy, budget=budget, headroom=headroom, **evicting)
 
 
 def prompts(*lengths, seed=0):
@@ -284,9 +283,14 @@ def test_nothing_recompiles_when_lengths_seeds_or_weights_change(model):
     )
 
 
-def test_a_model_may_scan_over_its_layers(model):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize(
+    "evicting", [{}, {"decode_budget": 12, "evict_every": 4, "headroom": 0}], ids=str
+)
+def test_a_model_may_scan_over_its_layers(model, dtype, evicting):
     """`attend` takes a traced layer index where all layers have one shape."""
-    plan = plan_of(RestKV(window=W))
+    model = tiny.cast(model, dtype)
+    plan = plan_of(RestKV(window=W), **evicting)
     rows = prompts(40, 17)
     scanned = tiny.ScannedModel(model.params, model.layer_specs)
     ours = generate(scanned, rows, plan=plan, max_new_tokens=8, chunk=4)
@@ -295,9 +299,7 @@ def test_a_model_may_scan_over_its_layers(model):
 
 
 def test_bfloat16_cache_holds_bfloat16(model):
-    half = dataclasses.replace(
-        model, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
-    )
+    half = tiny.cast(model, jnp.bfloat16)
     logits, (cache,) = prefill(half, *pad_prompts(prompts(40)), plans=(plan_of(RestKV(window=W)),))
     assert cache.stacks[0].k.dtype == jnp.bfloat16
     assert logits.dtype == jnp.float32
