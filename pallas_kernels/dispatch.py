@@ -11,10 +11,16 @@ import jax
 from jax.sharding import AxisType
 
 # How `implementation=` names them: plain XLA, Pallas through Mosaic on TPU, Pallas on GPU, a Triton
-# kernel through jax-triton on GPU, and cuDNN through JAX's own functions.
-Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "triton", "cudnn"]
+# kernel through jax-triton on GPU, and what comes with JAX: splash attention on TPU, cuDNN on GPU.
+Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "triton", "splash", "cudnn"]
 
-_PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda", "triton": "cuda", "cudnn": "cuda"}
+_PLATFORMS = {
+    "pallas_tpu": "tpu",
+    "pallas_gpu": "cuda",
+    "triton": "cuda",
+    "splash": "tpu",
+    "cudnn": "cuda",
+}
 _PLATFORM_OF_BACKEND = {"tpu": "tpu", "gpu": "cuda"}
 
 

@@ -1,4 +1,4 @@
-"""Attention of many queries: cuDNN's on GPU, else blocks with an online softmax.
+"""Attention of many queries: splash attention on TPU, cuDNN's on GPU, else an online softmax.
 
 Either needs O(T x block) memory.
 """
@@ -6,13 +6,14 @@ Either needs O(T x block) memory.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import Implementation, Kernel, dispatch
-from restkv_jax import cudnn_attention
+from restkv_jax import cudnn_attention, splash_attention
 from restkv_jax.online_softmax import KeyBlocks, Seen, online_softmax
 from restkv_jax.protocols import LayerSpec
 
@@ -39,9 +40,10 @@ def causal_attention(
     and whose outputs are 0. Blocks that the mask empties for all rows are not computed. Logits,
     softmax and sums are float32.
 
-    On GPU cuDNN computes the outputs, of 16-bit arrays without a soft cap, unless the sums of all
-    queries are asked for: it rounds them to the type of `q`, so those of the last queries are
-    computed apart from it, in float32.
+    The outputs of 16-bit arrays are computed by splash attention on TPU and, without a soft cap, by
+    cuDNN on GPU, unless the sums of all queries are asked for: cuDNN rounds them to the type of `q`
+    and splash attention writes each of them 128 times, so those of the last queries are computed
+    apart from them, in float32.
 
     Args:
         q: queries after rotary embedding.
@@ -50,7 +52,8 @@ def causal_attention(
         lengths: tokens in each row.
         spec: heads, scale, soft cap and sliding window of the layer.
         rows: static, R: of how many of the last queries the sums are asked for; all T if None.
-        implementation: static; "xla", "cudnn", or None for the platform's best, see `dispatch`.
+        implementation: static; "xla", "splash", "cudnn", or None for the platform's best, see
+            `dispatch`.
 
     Returns:
         The outputs, and the log of the sum of exp(logits) of the last R queries, +inf for padding.
@@ -63,9 +66,11 @@ def causal_attention(
     rows = columns if rows is None else rows
     if not 0 <= rows <= columns:
         raise ValueError(f"rows: expected 0 to T = {columns}, got {rows}")
-    refusal = cudnn_attention.refusal(q, k, spec)
-    if rows == columns:
-        refusal = refusal or "the sums of all queries are asked for, and cuDNN rounds them"
+    too_many = "the sums of all queries are asked for" if rows == columns else None
+
+    def outputs_by(attend: Callable[..., Array]) -> Callable[..., tuple[Array, Array]]:
+        return functools.partial(_with_last_sums, attend=attend, spec=spec, rows=rows)
+
     return dispatch(
         "causal_attention",
         implementation,
@@ -74,7 +79,18 @@ def causal_attention(
         v,
         lengths,
         reference=functools.partial(_by_blocks, spec=spec, rows=rows),
-        kernels=(Kernel("cudnn", functools.partial(_by_cudnn, spec=spec, rows=rows), refusal),),
+        kernels=(
+            Kernel(
+                "splash",
+                outputs_by(splash_attention.causal_attention),
+                splash_attention.refusal(q) or too_many,
+            ),
+            Kernel(
+                "cudnn",
+                outputs_by(cudnn_attention.causal_attention),
+                cudnn_attention.refusal(q, k, spec) or too_many,
+            ),
+        ),
     )
 
 
@@ -90,10 +106,17 @@ def _by_blocks(
     return out, log_sums[:, :, columns - rows :]
 
 
-def _by_cudnn(
-    q: Array, k: Array, v: Array, lengths: Array, *, spec: LayerSpec, rows: int
+def _with_last_sums(
+    q: Array,
+    k: Array,
+    v: Array,
+    lengths: Array,
+    *,
+    attend: Callable[..., Array],
+    spec: LayerSpec,
+    rows: int,
 ) -> tuple[Array, Array]:
-    out = cudnn_attention.causal_attention(q, k, v, lengths, spec=spec)
+    out = attend(q, k, v, lengths, spec=spec)
     return out, _last_log_sums(q, k, lengths, spec=spec, rows=rows)
 
 

@@ -38,14 +38,15 @@ def compiled(f: Callable[..., Any], *args: Any, kind: str, **jit: Any) -> jax.st
     """What the TPU compiler makes of it, Mosaic kernels included; needs libtpu."""
     from jax.sharding import SingleDeviceSharding
 
-    sharding = SingleDeviceSharding(_topology(kind).devices[0])
+    sharding = SingleDeviceSharding(devices(kind)[0])
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     with device(kind):
         return jax.jit(f, **jit).trace(*args).lower().compile()
 
 
 @functools.cache
-def _topology(kind: str) -> Any:
+def devices(kind: str) -> list[Any]:
+    """Those of a small TPU slice, for which programs can be compiled; needs libtpu."""
     from jax.experimental import topologies
 
     os.environ.update(
@@ -53,4 +54,4 @@ def _topology(kind: str) -> Any:
         TPU_ACCELERATOR_TYPE="v5litepod-4",
         TPU_WORKER_HOSTNAMES="localhost",
     )
-    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind])
+    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind]).devices

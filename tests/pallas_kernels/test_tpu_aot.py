@@ -6,7 +6,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.specs import SPECS
@@ -16,10 +19,21 @@ from pallas_kernels.window_scores import window_scores
 from pallas_kernels.window_scores.specs import SPECS as SCORES
 from restkv_jax.cache import init_cache
 from restkv_jax.compression import compress
-from restkv_jax.decode import CachePlan, Full, decode_chunk, init_decode, row_keys
+from restkv_jax.decode import (
+    CachePlan,
+    Full,
+    LayerSpec,
+    MeshRules,
+    decode_chunk,
+    init_decode,
+    prefill,
+    row_keys,
+)
 from restkv_jax.layer import layer_inputs
 from restkv_jax.policies import RestKV, SnapKV
-from tests.pallas_kernels.lowering import TOPOLOGIES, compiled, needs_libtpu
+from restkv_jax.prompt_attention import causal_attention
+from restkv_jax.sharding import ShardedLM
+from tests.pallas_kernels.lowering import TOPOLOGIES, compiled, devices, needs_libtpu
 from tests.restkv_jax import tiny
 
 pytestmark = [pytest.mark.tpu_aot, needs_libtpu]
@@ -84,6 +98,57 @@ def test_window_scores(spec, kind, dtype):
     assert "tpu_custom_call" in program.as_text()
     temporary = program.memory_analysis().temp_size_in_bytes
     assert not spec.large or temporary < spec.read_bytes(dtype) / 10
+
+
+@pytest.mark.parametrize("kind", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("columns", "spec"),
+    [
+        (131_072, LayerSpec(num_heads=32, num_kv_heads=8, head_dim=128, scale=0.088)),
+        (131_072, LayerSpec(num_heads=4, num_kv_heads=1, head_dim=256, scale=0.0625, window=512)),
+        (8192, LayerSpec(num_heads=8, num_kv_heads=4, head_dim=256, scale=0.0625, softcap=50.0)),
+        (4096, LayerSpec(num_heads=8, num_kv_heads=2, head_dim=96, scale=0.102, window=4096)),
+        (4096, LayerSpec(num_heads=8, num_kv_heads=8, head_dim=80, scale=0.112)),
+        (1100, LayerSpec(num_heads=9, num_kv_heads=3, head_dim=64, scale=0.125)),
+        (67, LayerSpec(num_heads=9, num_kv_heads=3, head_dim=64, scale=0.125)),
+    ],
+    ids=str,
+)
+def test_splash_attention(columns, spec, kind):
+    def shape(heads):
+        return jax.ShapeDtypeStruct((1, heads, columns, spec.head_dim), jnp.bfloat16)
+
+    q, k = shape(spec.num_heads), shape(spec.num_kv_heads)
+    run = functools.partial(causal_attention, spec=spec, rows=32)
+    program = compiled(run, q, k, k, jax.ShapeDtypeStruct((1,), jnp.int32), kind=kind)
+    assert "splash_mha_fwd" in program.as_text()
+    # Beside the result, of the size of the queries: what is scaled, padded and masked.
+    assert columns < 1024 or program.memory_analysis().temp_size_in_bytes < 2 * 2 * q.size
+
+
+def test_a_sharded_prefill_holds_all_kernels():
+    """Two devices split the batch and two the heads: each runs its kernels on its own."""
+    auto = (AxisType.Auto,) * 2
+    mesh = Mesh(np.reshape(devices("TPU v5e"), (2, 2)), ("data", "model"), axis_types=auto)
+    model = tiny.cast(tiny.make(layers=1, heads=8, kv_heads=4, size=64, width=128), jnp.bfloat16)
+
+    def on(x, *axes):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+    sharded = jax.tree.map(on, ShardedLM(model=model, rules=MeshRules(mesh)))
+    tokens = jnp.zeros((2, 512), jnp.int32)
+    plan = CachePlan(policy=SnapKV(), budget=64)
+    run = jax.jit(functools.partial(prefill, plans=(plan,)))
+    traced = run.trace(sharded, on(tokens, "data"), on(tokens == 0, "data"))
+    program = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    calls = [
+        line for line in program.splitlines() if 'custom_call_target="tpu_custom_call"' in line
+    ]
+    for kernel in ("splash_mha_fwd", "window_scores", "eviction_threshold", "eviction_move"):
+        assert any(kernel in call for call in calls)
+    # Of one row and half of the heads; what is written for all tokens is not gathered.
+    assert "bf16[1,4,512,64]" in program
+    assert "bf16[2,8,512,64]" not in program
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
