@@ -25,7 +25,7 @@ import numpy as np
 
 import models
 from experiments.core.errors import UserError, run_main
-from experiments.core.options import Parser, PolicyText, Slots, count_of, parse_policy
+from experiments.core.options import DTYPES, Parser, PolicyText, Slots, count_of, parse_policy
 from experiments.core.plans import make_plan
 from experiments.core.storage import dump_json, write_atomic
 from experiments.longbench.stdlib_text import prose_sentences
@@ -112,7 +112,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--stretch", type=count_of("--stretch", _CHUNK), default=1024, help="tokens a line"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--out", type=Path, metavar="FILE", help="writes the figures as JSON")
     return parser
 

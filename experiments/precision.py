@@ -1,4 +1,4 @@
-"""`python -m experiments.precision`: what bfloat16 weights and activations cost against float32.
+"""`python -m experiments.precision`: what bfloat16 and int8 weights cost against float32.
 
 Prints the differences of the next-token distributions over long prompts of the offline suite: the
 largest and mean difference of logits, KL divergence and top-1 agreement.
@@ -73,7 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         exact = models.load(args.model)
-        half = models.load(args.model, dtype="bfloat16")
     except models.CheckpointError as error:
         raise UserError(f"--model {args.model}: {error}") from None
     encode = exact.tokenizer.encode
@@ -85,11 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed=0,
     )
     prompts = [encode(fill_prompt(task.spec.prompt, row)) for task in sets for row in task.rows]
-    found = differences(last_logits(exact.model, prompts), last_logits(half.model, prompts))
-    print(f"{args.model}, {len(prompts)} prompts of {args.length} tokens, bfloat16 - float32:")
-    print(f"  logits       max {found['max']:.3f}, mean {found['mean']:.4f}")
-    print(f"  KL           {found['kl']:.5f} nats")
-    print(f"  same top-1   {100 * found['top1']:.1f} %")
+    reference = last_logits(exact.model, prompts)
+    for dtype in ("bfloat16", "int8"):
+        coarse = models.load(args.model, dtype=dtype)
+        found = differences(reference, last_logits(coarse.model, prompts))
+        print(f"{args.model}, {len(prompts)} prompts of {args.length} tokens, {dtype} - float32:")
+        print(f"  logits       max {found['max']:.3f}, mean {found['mean']:.4f}")
+        print(f"  KL           {found['kl']:.5f} nats")
+        print(f"  same top-1   {100 * found['top1']:.1f} %")
     return 0
 
 

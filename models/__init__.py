@@ -15,9 +15,10 @@ from models.gemma import Gemma
 from models.llama import Llama
 from models.sources import resolve
 from models.tokenizer import Tokenizer
-from models.weights import Sharding, weights_bytes
+from models.weights import Sharding, quantize_weights, weights_bytes
 
 __all__ = [
+    "DTYPES",
     "CheckpointError",
     "Gemma",
     "LanguageModel",
@@ -25,9 +26,11 @@ __all__ = [
     "ModelConfig",
     "Tokenizer",
     "load",
+    "quantize_weights",
 ]
 
-_DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "int8")
+"""What `load` takes; the last is of matrices, beside which all else is bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,8 @@ def load(
         spec: a checkpoint folder in the hub's layout or as `models.convert` writes it, a `.gguf`
             file, a hub id "owner/name", or a small model's name (see `models.sources.NAMED`).
         dtype: of weights and activations, "float32" or "bfloat16"; normalisation, softmax and
-            logits are float32 in both.
+            logits are float32 in both. "int8" is bfloat16 with matrices of int8, one scale for
+            each output; what is multiplied with them is rounded to int8 as well.
         sharding: from a parameter's path and shape to where it goes, see `models.weights`; by
             default all are on the default device. Tensors are placed one at a time, so the host
             holds about one of them.
@@ -72,10 +76,10 @@ def load(
 
     Raises:
         CheckpointError: the model is not found, damaged, incomplete or unsupported.
-        ValueError: `dtype` is neither of the two, or a sharding does not fit its parameter.
+        ValueError: `dtype` is none of these, or a sharding does not fit its parameter.
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}: must be one of {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}: must be one of {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(resolve(spec))
     model = checkpoint.build(jnp.dtype(dtype), sharding)
     return LanguageModel(

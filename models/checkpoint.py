@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from models import gguf_model, gguf_tokenizer, huggingface, orbax_folder
@@ -30,7 +31,8 @@ class Checkpoint:
 
     def build(self, dtype: DTypeLike, sharding: Sharding | None) -> Decoder:
         """Builds the network; see `models.weights.build`."""
-        if isinstance(self.parameters.store, orbax_folder.OrbaxStore):
+        # Matrices that become int8 are read one at a time, as wholes.
+        if isinstance(self.parameters.store, orbax_folder.OrbaxStore) and dtype != jnp.int8:
             return orbax_folder.restore(self.parameters, dtype, sharding)
         return build(self.parameters, dtype, sharding)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,11 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from models.config import ModelConfig
+from models.int8_weights import as_stored
 from models.layers import Linear, RMSNorm, Weights
-from models.matmul import matmul
+from models.matmul import lookup, matmul
 from models.rope import rope_angles
-from pallas_kernels.bits import move
+from pallas_kernels.quantized import QuantArray
 from restkv_jax.protocols import Attend, LayerSpec, State
 
 
@@ -50,7 +51,9 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.config = config
-        self.embed = nnx.Param(weights("embed.w", (config.vocab_size, config.hidden_size)))
+        self.embed: nnx.Param[Any] = nnx.Param(
+            weights("embed.w", (config.vocab_size, config.hidden_size))
+        )
         self.layers = nnx.List(
             [self.block(f"layers.{layer}", config, weights) for layer in range(config.num_layers)]
         )
@@ -68,21 +71,21 @@ class Decoder(nnx.Module):
         Args:
             config: shape and arithmetic.
             seed: equal seeds give equal weights.
-            dtype: of the weights.
+            dtype: of the weights; int8 of matrices, beside which all else is bfloat16.
 
         Returns:
             The model.
         """
         key = jax.random.key(seed)
 
-        def weights(path: str, shape: tuple[int, ...]) -> jax.Array:
+        def weights(path: str, shape: tuple[int, ...]) -> jax.Array | QuantArray:
             if len(shape) == 1:
                 is_scale = path.endswith("norm.w") and not config.unit_offset
-                return jnp.full(shape, 1.0 if is_scale else 0.0, dtype)
+                return as_stored(path, jnp.full(shape, 1.0 if is_scale else 0.0), dtype)
             # A key per path, so that a parameter does not depend on which others exist.
             own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
             fan_in = shape[-1] if path == "embed.w" else shape[0]
-            return (jax.random.normal(own_key, shape) * fan_in**-0.5).astype(dtype)
+            return as_stored(path, jax.random.normal(own_key, shape) * fan_in**-0.5, dtype)
 
         return cls(config, weights)
 
@@ -93,8 +96,8 @@ class Decoder(nnx.Module):
 
     @property
     def kv_dtype(self) -> DTypeLike:
-        """Keys and values have the weights' dtype."""
-        return self.embed[...].dtype
+        """Keys and values have the dtype of the activations, which is that of the norms."""
+        return self.norm.w[...].dtype
 
     def __call__(
         self,
@@ -126,7 +129,7 @@ class Decoder(nnx.Module):
     ) -> Iterator[tuple[Float[Array, "B T D"], State]]:
         """The residual stream after each layer, and last of all what `__call__` returns."""
         config = self.config
-        x = move(lambda table, at: table[at], self.embed[...], at=tokens)
+        x = lookup(self.embed.get_value(), tokens, self.kv_dtype)
         if config.scaled_embeddings:
             # The factor is rounded to the weights' dtype, as in training.
             x = x * jnp.asarray(config.hidden_size**0.5, x.dtype)
@@ -142,8 +145,8 @@ class Decoder(nnx.Module):
     def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32, accumulated in float32 whatever the weights are."""
         if self.head is None:
-            logits = matmul(hidden, self.embed[...], jnp.float32, transposed=True)
+            logits = matmul(hidden, self.embed.get_value(), jnp.float32, transposed=True)
         else:
-            logits = matmul(hidden, self.head.w[...], jnp.float32)
+            logits = matmul(hidden, self.head.w.get_value(), jnp.float32)
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

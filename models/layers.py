@@ -10,6 +10,7 @@ lowered once; XLA puts the copies back in place before it optimises.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,10 @@ from jaxtyping import Array, Float
 from models.config import ModelConfig
 from models.matmul import matmul
 from models.rope import rotate
+from pallas_kernels.quantized import QuantArray, dequantize
 from restkv_jax.protocols import Attend, State
 
-Weights = Callable[[str, tuple[int, ...]], jax.Array | jax.ShapeDtypeStruct]
+Weights = Callable[[str, tuple[int, ...]], jax.Array | QuantArray | jax.ShapeDtypeStruct]
 """From a parameter's path, e.g. "layers.0.attn.q.w", and shape to its value."""
 
 # Tokens that go through an MLP at once: far more than matrix units need to be busy.
@@ -48,17 +50,17 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """y = x @ w (+ b), with w stored as [in, out]."""
+    """y = x @ w (+ b), with w stored as [in, out]; as int8 [out, in]."""
 
     def __init__(
         self, path: str, in_size: int, out_size: int, weights: Weights, *, bias: bool = False
     ) -> None:
-        self.w = nnx.Param(weights(f"{path}.w", (in_size, out_size)))
+        self.w: nnx.Param[Any] = nnx.Param(weights(f"{path}.w", (in_size, out_size)))
         self.b = nnx.Param(weights(f"{path}.b", (out_size,))) if bias else None
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         """Projects the last axis."""
-        y = matmul(x, self.w[...])
+        y = matmul(x, self.w.get_value())
         return y if self.b is None else y + _row(self.b[...], y.ndim)
 
 
@@ -146,7 +148,10 @@ class Attention(nnx.Module):
         q, k, v = (project(x).reshape(by_head) for project in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        w_o = self.o.w[...].reshape(-1, self.head_dim, x.shape[-1])
+        w_o = self.o.w.get_value()
+        if isinstance(w_o, QuantArray):
+            w_o = dequantize(w_o, x.dtype).T
+        w_o = w_o.reshape(-1, self.head_dim, x.shape[-1])
         return rotate(q, angles), rotate(k, angles), v, w_o
 
 

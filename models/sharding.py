@@ -8,16 +8,14 @@ each of the projections that lead back to the residual stream.
 from __future__ import annotations
 
 import re
-from typing import TypeVar
 
 import jax
 
-from models.decoder import Decoder
+from models.int8_weights import place_int8
 from models.registry import make_network
-from models.weights import Sharding, named_parameters
+from models.weights import Network, Sharding, named_parameters
+from pallas_kernels.quantized import QuantArray
 from restkv_jax.sharding import MeshRules
-
-Network = TypeVar("Network", bound=Decoder)
 
 # Logical axes of each parameter, [in, out] for projections. Those of norms are on every device.
 _TOP = {
@@ -66,8 +64,11 @@ def place_weights(model: Network, rules: MeshRules) -> Network:
     """A copy of a model, its weights where the table says."""
     parameters, sharding = named_parameters(model), weight_sharding(rules)
 
-    def placed(path: str, shape: tuple[int, ...]) -> jax.Array:
-        return jax.device_put(parameters[path], sharding(path, shape))
+    def placed(path: str, shape: tuple[int, ...]) -> jax.Array | QuantArray:
+        value, target = parameters[path], sharding(path, shape)
+        if isinstance(value, QuantArray):
+            return place_int8(path, value, target)
+        return jax.device_put(value, target)
 
     network = make_network(model.config, placed)
     assert isinstance(network, type(model))

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,12 @@ from jaxtyping import DTypeLike
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.errors import CheckpointError
+from models.int8_weights import as_stored, float_dtype, place_int8
 from models.names import Source
 from models.registry import make_network
+from pallas_kernels.quantized import QuantArray
+
+Network = TypeVar("Network", bound=Decoder)
 
 _SHOWN_PROBLEMS = 8
 _ALIGNMENT = 64  # bytes, of buffers of XLA on CPU
@@ -115,7 +119,7 @@ def build(parameters: Parameters, dtype: DTypeLike, sharding: Sharding | None = 
 
     Args:
         parameters: of the checkpoint, see `match`.
-        dtype: of the weights in memory.
+        dtype: of the weights in memory; int8 of matrices, beside which all else is bfloat16.
         sharding: where each parameter goes.
 
     Returns:
@@ -128,10 +132,14 @@ def build(parameters: Parameters, dtype: DTypeLike, sharding: Sharding | None = 
     targets = shardings_of(parameters.shapes, sharding)
     finite: dict[str, jax.Array] = {}
 
-    def weights(path: str, _: tuple[int, ...]) -> jax.Array:
-        value = _place(parameters.read(path), dtype, targets[path])
+    def weights(path: str, shape: tuple[int, ...]) -> jax.Array | QuantArray:
+        value = _place(parameters.read(path), float_dtype(shape, dtype), targets[path])
         finite[parameters.sources[path].name] = all_finite(value)
-        return value
+        stored = as_stored(path, value, dtype)
+        if isinstance(stored, QuantArray):
+            stored = place_int8(path, stored, targets[path])
+        # Waited for, so that a matrix of floats is gone before the next one comes.
+        return jax.block_until_ready(stored)
 
     model = make_network(parameters.config, weights)
     raise_unless_finite(parameters.store.path, finite)
@@ -143,8 +151,11 @@ def weights_bytes(model: nnx.Module) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
 
 
-def named_parameters(model: Decoder) -> dict[str, jax.Array]:
-    """Path -> value of each parameter, by the paths that `Weights` functions are asked for."""
+def named_parameters(model: Decoder) -> dict[str, Any]:
+    """Path -> value of each parameter, by the paths that `Weights` functions are asked for.
+
+    The values are arrays, or matrices of int8.
+    """
     paths: list[str] = []
 
     def number(path: str, _: tuple[int, ...]) -> jax.Array:
@@ -152,7 +163,26 @@ def named_parameters(model: Decoder) -> dict[str, jax.Array]:
         return jnp.asarray(len(paths) - 1)
 
     order = jax.tree.leaves(make_network(model.config, number))
-    return dict(zip([paths[int(i)] for i in order], jax.tree.leaves(model), strict=True))
+    values = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, QuantArray))
+    return dict(zip([paths[int(i)] for i in order], values, strict=True))
+
+
+def quantize_weights(model: Network) -> Network:
+    """The model with its matrices as int8, see `models.int8_weights`; all else stays as it is.
+
+    Raises:
+        ValueError: they are int8 already.
+    """
+    values = named_parameters(model)
+    if any(isinstance(value, QuantArray) for value in values.values()):
+        raise ValueError("model: expected weights of floats, got int8")
+
+    def weights(path: str, shape: tuple[int, ...]) -> jax.Array | QuantArray:
+        return as_stored(path, values[path], jnp.int8) if len(shape) == 2 else values[path]
+
+    network = make_network(model.config, weights)
+    assert isinstance(network, type(model))
+    return network
 
 
 def shardings_of(

@@ -1,4 +1,4 @@
-"""Keys and values as int8 with one scale per entry, symmetric around 0."""
+"""Numbers as int8 with one scale per entry, symmetric around 0: keys and values, weights."""
 
 from __future__ import annotations
 

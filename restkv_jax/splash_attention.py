@@ -111,4 +111,5 @@ def _kernel(
             attn_logits_soft_cap=softcap,
             interpret=interpret,
         )
-    return jax.tree.map(np.asarray, kernel)
+    # Copies: views would keep arrays on the device alive.
+    return jax.tree.map(np.array, kernel)

@@ -11,6 +11,8 @@ from typing import NoReturn
 
 from experiments.core.errors import UserError
 
+# Those of `models.load`; importing it here would make every `--help` wait for JAX.
+DTYPES = ("float32", "bfloat16", "int8")
 DEFAULT_POLICIES = ("full", "streaming", "snapkv", "restkv")
 _LEAST_LENGTH = 256
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -171,9 +173,9 @@ def add_common_options(
     run = parser.add_argument_group("how it is run")
     run.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
+        choices=DTYPES,
         default="float32",
-        help="of weights and activations (default: float32)",
+        help="of weights and activations; int8: bfloat16 with matrices of int8 (default: float32)",
     )
     run.add_argument(
         "--seed",

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from experiments.core.errors import UserError
-from experiments.core.options import Parser, count_of, parse_lengths, parse_policy
+from experiments.core.options import DTYPES, Parser, count_of, parse_lengths, parse_policy
 from experiments.efficiency.cells import CHUNK
 from experiments.efficiency.subject import RANDOM
 
@@ -83,7 +83,7 @@ def build_parser() -> Parser:
         help="a checkpoint (folder, .gguf, hub id, name), or published shapes with random weights: "
         f"{', '.join(f'random:{name}' for name in RANDOM)} (default: smollm2-135m-instruct)",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument(
         "--lengths",
         type=parse_lengths,

@@ -67,8 +67,8 @@ def measure_cell(
     ttft = median_seconds(begin, repeats)
     assert state is not None
     cache_bytes = state.cache.total_bytes
-    prefill_floor = prefill_work(config, dtype, cell.batch, cell.length)
-    decode_floor = decode_work(config, dtype, cell.batch, state.cache)
+    prefill_floor = prefill_work(config, subject.dtype, cell.batch, cell.length)
+    decode_floor = decode_work(config, subject.dtype, cell.batch, state.cache)
     times = []
     for _ in range(plan.headroom // CHUNK):
         start = time.perf_counter()

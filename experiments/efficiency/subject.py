@@ -58,11 +58,13 @@ class Subject:
     Attributes:
         name: as the user wrote it.
         config: its shapes.
+        dtype: of weights, as `models.load` takes it.
         make: makes or hands over the network, with factors of its output projections.
     """
 
     name: str
     config: models.ModelConfig
+    dtype: str
     make: Callable[[], CausalLM]
 
     @functools.cached_property
@@ -93,10 +95,13 @@ def open_subject(name: str, dtype: str) -> Subject:
         config = models.ModelConfig.from_hf(RANDOM[shape])
         network = NETWORKS[config.architecture]
         return Subject(
-            name, config, lambda: with_output_factors(network.init(config, dtype=jnp.dtype(dtype)))
+            name,
+            config,
+            dtype,
+            lambda: with_output_factors(network.init(config, dtype=jnp.dtype(dtype))),
         )
     try:
         loaded = models.load(name, dtype=dtype)
     except models.CheckpointError as error:
         raise UserError(f"--model {name}: {error}") from None
-    return Subject(name, loaded.config, lambda: with_output_factors(loaded.model))
+    return Subject(name, loaded.config, dtype, lambda: with_output_factors(loaded.model))

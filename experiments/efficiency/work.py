@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from experiments.kernel_bench import Floor
 from models import ModelConfig
+from models.int8_weights import as_stored
 from models.weights import parameter_shapes
 from restkv_jax.decode import KVCache
 
@@ -31,7 +33,7 @@ def read_weights_bytes(config: ModelConfig, dtype: DTypeLike) -> int:
     shapes = parameter_shapes(config)
     if not config.tied_embeddings:
         del shapes["embed.w"]
-    return _numbers(shapes.values()) * jnp.dtype(dtype).itemsize
+    return sum(_stored_bytes(path, shape, dtype) for path, shape in shapes.items())
 
 
 def prefill_work(config: ModelConfig, dtype: DTypeLike, batch: int, length: int) -> Work:
@@ -60,6 +62,12 @@ def decode_work(config: ModelConfig, dtype: DTypeLike, batch: int, cache: KVCach
     )
     flops = batch * (2 * (block + head) + 4 * config.head_dim * reads)
     return Work(read_weights_bytes(config, dtype) + cache.kv_bytes, flops)
+
+
+def _stored_bytes(path: str, shape: tuple[int, ...], dtype: DTypeLike) -> int:
+    given = jax.ShapeDtypeStruct(shape, jnp.float32)
+    stored = jax.eval_shape(lambda value: as_stored(path, value, dtype), given)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
 
 
 def _multiplied(config: ModelConfig) -> tuple[int, int]:

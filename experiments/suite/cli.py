@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.core.errors import UserError
-from experiments.core.options import Parser, count_of, parse_names
+from experiments.core.options import DTYPES, Parser, count_of, parse_names
 from experiments.suite.parts import PARTS
 
 MODELS = ("smollm2-135m-instruct", "gemma-3-270m")
@@ -61,9 +61,9 @@ def build_parser() -> Parser:
     parser.add_argument("--no-plots", action="store_true", help="tables only, without pictures")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
+        choices=DTYPES,
         default="float32",
-        help="of weights and activations (default: float32)",
+        help="of weights and activations; int8: bfloat16 with matrices of int8 (default: float32)",
     )
     parser.add_argument(
         "--seed",

@@ -50,6 +50,11 @@ def test_random_weights_have_the_published_shapes():
     )
     # All 8,030,261,248 parameters but the embedding, of which a token reads one row.
     assert read_weights_bytes(config, jnp.bfloat16) == 2 * (8_030_261_248 - 128256 * 4096)
+    # As int8 a byte for each number of a matrix and 4 for each output; 65 norms of bfloat16.
+    outputs = 32 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096) + 128256
+    norms = 65 * 4096
+    expected = 8_030_261_248 - 128256 * 4096 + norms + 4 * outputs
+    assert read_weights_bytes(config, jnp.int8) == expected
     mistral = open_subject("random:mistral-7b", "bfloat16").config
     assert mistral.windows == (None,) * 32
     with pytest.raises(UserError, match=r"random:7b: unknown shape, known are llama-3\.1-8b"):

@@ -7,6 +7,7 @@ import pytest
 
 from experiments.core.errors import UserError, run_main
 from experiments.core.options import (
+    DTYPES,
     PolicyText,
     Ratio,
     Slots,
@@ -120,7 +121,7 @@ def test_defaults_and_values():
         "--limit x",
         "--seed -1",
         "--max-length 3",
-        "--dtype int8",
+        "--dtype int4",
         "--protocol mine",
         "--prompts mine",
         "--policy a:b",
@@ -207,6 +208,12 @@ def test_longbench_rows_with_both_prompts(tmp_path):
 def test_sets_that_do_not_exist(line, message):
     with pytest.raises(UserError, match=message):
         load(*line.split())
+
+
+def test_weights_come_as_models_have_them():
+    import models
+
+    assert DTYPES == models.DTYPES
 
 
 def test_nothing_here_imports_the_model_stack():

@@ -182,5 +182,5 @@ def test_model_without_tokenizer_says_so_when_used(plain):
 
 
 def test_unknown_dtype():
-    with pytest.raises(ValueError, match="dtype is 'int8'"):
-        models.load("anything", dtype="int8")
+    with pytest.raises(ValueError, match="dtype is 'int4': must be one of float32, bfloat16, int8"):
+        models.load("anything", dtype="int4")

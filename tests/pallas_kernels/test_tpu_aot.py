@@ -11,10 +11,12 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from models.matmul import matmul
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.specs import SPECS
 from pallas_kernels.masked_eviction import masked_eviction
 from pallas_kernels.masked_eviction.specs import SPECS as EVICTIONS
+from pallas_kernels.quantized import QuantArray
 from pallas_kernels.window_scores import window_scores
 from pallas_kernels.window_scores.specs import SPECS as SCORES
 from restkv_jax.cache import init_cache
@@ -86,6 +88,25 @@ def test_the_decode_loop_copies_no_cache(scanned, storage):
         if " copy(" in line and f"[{shape},128]" in line.split(" copy(")[0]
     ]
     assert copies == []
+
+
+def test_a_loop_holds_no_floats_of_int8_weights():
+    """Each step reads the int8 weights; products convert them on the way."""
+    layers, width = 4, 2048
+
+    def steps(x, weights):
+        def step(x, _):
+            for w in weights:
+                x = jnp.tanh(matmul(x, w))
+            return x, None
+
+        return jax.lax.scan(step, x, length=8)[0]
+
+    shape = jax.ShapeDtypeStruct
+    w = QuantArray(values=shape((width, width), jnp.int8), scale=shape((width,), jnp.float32))
+    x = shape((1, width), jnp.bfloat16)
+    program = compiled(steps, x, [w] * layers, kind="TPU v5e")
+    assert program.memory_analysis().temp_size_in_bytes < width * width / 4
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
