@@ -73,9 +73,9 @@ def _by_int8(
 
 def _by_levels(x: Array, values: Array, scale: Array) -> Array:
     """With the levels as floats, which are exact in 16 bits."""
-    # 0, or the result is NaN anyway. Compilers would otherwise turn all weights into floats at
-    # once, before the activations are there or the loop begins.
-    nothing = jnp.any(jnp.isnan(x[:1, :1])).astype(values.dtype)
+    # Always 0, though compilers do not see it: they would turn all weights into floats at once,
+    # before the activations are there or the loop begins.
+    nothing = jnp.minimum(jnp.any(jnp.isnan(x[:1, :1])).astype(values.dtype), 0)
     levels = (values + nothing).astype(x.dtype)
     return matmul(x, levels, jnp.float32, transposed=True) * scale[None]
 

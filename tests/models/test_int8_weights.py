@@ -68,6 +68,17 @@ def test_products_are_of_the_weights_as_rounded(rows, dtype):
     )
 
 
+@pytest.mark.parametrize("rows", [0, 4, _FEW_ROWS + 1])
+def test_rows_do_not_meet(rows):
+    x, w = example((rows,), jnp.float32)
+    whole = matmul(x, w)
+    assert whole.shape == (rows, OUTPUTS)
+    if rows:
+        broken = matmul(x.at[0, 0].set(jnp.nan), w)
+        assert np.isnan(broken[0]).all()
+        np.testing.assert_array_equal(broken[1:], whole[1:])
+
+
 def test_one_row_of_int8_would_not_do():
     """The bound above is far below what rounding activations once would cost."""
     x, w = example((8,), jnp.float32)
