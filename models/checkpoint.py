@@ -32,7 +32,10 @@ class Checkpoint:
     def build(self, dtype: DTypeLike, sharding: Sharding | None) -> Decoder:
         """Builds the network; see `models.weights.build`."""
         # Matrices that become int8 are read one at a time, as wholes.
-        if isinstance(self.parameters.store, orbax_folder.OrbaxStore) and dtype != jnp.int8:
+        if (
+            isinstance(self.parameters.store, orbax_folder.OrbaxStore)
+            and jnp.dtype(dtype) != jnp.int8
+        ):
             return orbax_folder.restore(self.parameters, dtype, sharding)
         return build(self.parameters, dtype, sharding)
 

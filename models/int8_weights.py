@@ -22,7 +22,7 @@ _FLOATS = jnp.bfloat16
 
 def float_dtype(shape: tuple[int, ...], dtype: DTypeLike) -> DTypeLike:
     """What a parameter of a model in `dtype` is read as, before `as_stored`."""
-    if dtype != jnp.int8:
+    if jnp.dtype(dtype) != jnp.int8:
         return dtype
     return jnp.float32 if _is_matrix(shape) else _FLOATS
 
@@ -39,7 +39,7 @@ def as_stored(path: str, value: Array, dtype: DTypeLike) -> Array | QuantArray:
         The value cast, or of a matrix in int8 [out, in] with a scale for each output; of the
         embedding, whose rows are the outputs of a tied head, [vocab, width] with one for each row.
     """
-    if dtype != jnp.int8 or not _is_matrix(value.shape):
+    if jnp.dtype(dtype) != jnp.int8 or not _is_matrix(value.shape):
         return value.astype(float_dtype(value.shape, dtype))
     return _quantize(value, turned=_is_turned(path))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from experiments.core import measure
 from experiments.core.environment import environment
@@ -100,7 +101,8 @@ def _run(
         try:
             programs = compile_cell(subject, cell, plan, available)
             if floor is None:
-                floor = measure_floor(args.dtype)
+                # Of activations: int8 is what weights are read as, not what prompts compute in.
+                floor = measure_floor(str(jnp.dtype(subject.model.kv_dtype)))
                 print(
                     f"{jax.devices()[0].device_kind}, {args.dtype}: "
                     f"{human_bytes(floor.bandwidth)}/s of memory, "

@@ -244,3 +244,17 @@ def test_lists_of_numbers_are_checked(option):
             build_parser().parse_args([f"{option}={text}"])
     with pytest.raises(UserError, match="one is given twice"):
         build_parser().parse_args([option, "8,8"])
+
+
+def test_int8_weights_have_the_floor_of_their_activations(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(program, "measure_floor", lambda dtype: asked.append(dtype) or FLOOR)
+    options = ["--model", TINY, "--dtype", "int8", "--lengths", "256", "--tokens", "16"]
+    options += ["--repeats", "1", "--budget", "64", "--policy", "snapkv", "--out", str(tmp_path)]
+    assert program.main(options) == 0
+    assert asked == ["bfloat16"]
+    cell = json.loads((tmp_path / "results.json").read_text())["cells"]["256x1/snapkv 64"]
+    outputs = 2 * (32 + 2 * 16 + 32 + 2 * 64 + 32) + 128
+    weights = MATRICES + 4 * outputs + 2 * 5 * 32
+    kv = 2 * 2 * (64 + 32) * 2 * 8 * 2
+    assert cell["token_floor_s"] == pytest.approx((weights + kv) / FLOOR.bandwidth)
