@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, Int8
 
 from pallas_kernels.bits import move
+from pallas_kernels.dispatch import with_derivatives_of
 from pallas_kernels.quantized import QuantArray, dequantize, quantize
 
 __all__ = ["lookup", "matmul"]
@@ -68,7 +69,9 @@ def _by_int8(
     """In float32. Few rows wait for the weights, which are then best read as they are."""
     if x.shape[0] > _FEW_ROWS:
         return _by_levels(x, values, scale)
-    return jax.lax.platform_dependent(x, values, scale, cpu=_by_two_rows, default=_by_levels)
+    # Rounded activations would have none.
+    on_cpu = with_derivatives_of(_by_levels, _by_two_rows)
+    return jax.lax.platform_dependent(x, values, scale, cpu=on_cpu, default=_by_levels)
 
 
 def _by_levels(x: Array, values: Array, scale: Array) -> Array:
@@ -80,7 +83,6 @@ def _by_levels(x: Array, values: Array, scale: Array) -> Array:
     return matmul(x, levels, jnp.float32, transposed=True) * scale[None]
 
 
-@jax.custom_jvp
 def _by_two_rows(x: Array, values: Array, scale: Array) -> Array:
     """With each row of activations as two of int8, the second of what the first leaves of it.
 
@@ -97,15 +99,6 @@ def _by_two_rows(x: Array, values: Array, scale: Array) -> Array:
     of_coarse, of_fine = jnp.split(sums.astype(jnp.float32), 2)
     y = of_coarse * coarse.scale[:, None] + of_fine * fine.scale[:, None]
     return y * scale[None]
-
-
-@_by_two_rows.defjvp
-def _derivative_of_levels(
-    primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
-) -> tuple[Array, Array]:
-    (x, values, scale), (of_x, _, of_scale) = primals, tangents
-    tangent = jax.jvp(lambda x, s: _by_levels(x, values, s), (x, scale), (of_x, of_scale))[1]
-    return _by_two_rows(*primals), tangent
 
 
 def _two_or_more(rows: Array) -> Array:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from pallas_kernels.dispatch import with_derivatives_of
+
 __all__ = ["move", "scan", "while_loop"]
 
 Move = Callable[..., Num[Array, "*Out"]]
@@ -69,62 +71,56 @@ def scan(
 ) -> tuple[Carry, Out]:
     """`jax.lax.scan` that on CPU carries 16-bit floats as bits, for steps that `move` them.
 
-    Otherwise each step would end by turning whole arrays of bits into floats.
-
-    Raises:
-        NotImplementedError: someone asks for derivatives with respect to 16-bit floats carried.
+    Otherwise each step would end by turning whole arrays of bits into floats. Derivatives are those
+    of the loop over floats; bits have none.
     """
-
-    def plain(carry: Carry, xs: X | None) -> tuple[Carry, Out]:
+    if not any(map(_is_short, jax.tree.leaves(carry))):
         return jax.lax.scan(step, carry, xs, length=length)
+    x = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
+    step, used = _with_arguments(step, carry, x)
 
-    def on_cpu(carry: Carry, xs: X | None) -> tuple[Carry, Out]:
+    def plain(carry: Carry, xs: X | None, *used: Array) -> tuple[Carry, Out]:
+        return jax.lax.scan(lambda carry, x: step(carry, x, *used), carry, xs, length=length)
+
+    def on_cpu(carry: Carry, xs: X | None, *used: Array) -> tuple[Carry, Out]:
         def step_on_bits(bits: Any, x: X) -> tuple[Any, Out]:
-            after, out = step(_from_bits(bits, carry), x)
-            return _carried(after), out
+            after, out = step(_from_bits(bits, carry), x, *used)
+            return _to_bits(after), out
 
-        bits, out = jax.lax.scan(step_on_bits, _carried(carry), xs, length=length)
+        bits, out = jax.lax.scan(step_on_bits, _to_bits(carry), xs, length=length)
         return _from_bits(bits, carry), out
 
-    if not any(map(_is_short, jax.tree.leaves(carry))):
-        return plain(carry, xs)
-    step = jax.jit(step)  # traced once for both
-    return jax.lax.platform_dependent(carry, xs, cpu=on_cpu, default=plain)
+    on_cpu = with_derivatives_of(plain, on_cpu)
+    return jax.lax.platform_dependent(carry, xs, *used, cpu=on_cpu, default=plain)
 
 
 def while_loop(
     condition: Callable[[Carry], Bool[Array, ""]], step: Callable[[Carry], Carry], carry: Carry
 ) -> Carry:
     """`jax.lax.while_loop`, with what `scan` does."""
-
-    def plain(carry: Carry) -> Carry:
+    if not any(map(_is_short, jax.tree.leaves(carry))):
         return jax.lax.while_loop(condition, step, carry)
+    step, used = _with_arguments(step, carry)
 
-    def on_cpu(carry: Carry) -> Carry:
+    def plain(carry: Carry, *used: Array) -> Carry:
+        return jax.lax.while_loop(condition, lambda carry: step(carry, *used), carry)
+
+    def on_cpu(carry: Carry, *used: Array) -> Carry:
         bits = jax.lax.while_loop(
             lambda bits: condition(_from_bits(bits, carry)),
-            lambda bits: _carried(step(_from_bits(bits, carry))),
-            _carried(carry),
+            lambda bits: _to_bits(step(_from_bits(bits, carry), *used)),
+            _to_bits(carry),
         )
         return _from_bits(bits, carry)
 
-    if not any(map(_is_short, jax.tree.leaves(carry))):
-        return plain(carry)
-    step = jax.jit(step)  # traced once for both
-    return jax.lax.platform_dependent(carry, cpu=on_cpu, default=plain)
+    on_cpu = with_derivatives_of(plain, on_cpu)
+    return jax.lax.platform_dependent(carry, *used, cpu=on_cpu, default=plain)
 
 
-@jax.custom_jvp
-def _carried(floats: Any) -> Any:
-    return _to_bits(floats)
-
-
-@_carried.defjvp
-def _no_derivative(*_: Any) -> Any:
-    # Those of bits are 0, which would be wrong without a word.
-    raise NotImplementedError(
-        "16-bit floats that a loop carries as bits have no derivatives; use float32"
-    )
+def _with_arguments(step: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list[Array]]:
+    """`step`, traced once, with what it closes over as arguments, that has derivatives, too."""
+    step, used = jax.closure_convert(step, *args)
+    return jax.jit(step), used
 
 
 def _is_short(x: Array) -> bool:

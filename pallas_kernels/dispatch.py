@@ -83,11 +83,11 @@ def dispatch(
         if reason is not None:
             raise NotImplementedError(f"{op}: implementation {implementation!r}: {reason}")
         (run,) = (kernel.run for kernel in kernels if kernel.name == implementation)
-        return _with_derivatives_of(reference, run)(*args)
+        return with_derivatives_of(reference, run)(*args)
     by_platform: dict[str, Callable[..., Any]] = {}
     for kernel in () if partitioned else kernels:
         if kernel.refusal is None:
-            run = _with_derivatives_of(reference, kernel.run)
+            run = with_derivatives_of(reference, kernel.run)
             by_platform.setdefault(_PLATFORMS[kernel.name], run)
         elif _PLATFORMS[kernel.name] == _PLATFORM_OF_BACKEND.get(jax.default_backend()):
             _log_once(f"{op}: {kernel.name} is not used: {kernel.refusal}")
@@ -109,7 +109,10 @@ def _partitioned_axes() -> str | None:
     )
 
 
-def _with_derivatives_of(reference: Callable[..., Any], run: Callable[..., Any]) -> Any:
+def with_derivatives_of(
+    reference: Callable[..., Any], run: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`run`, with the derivatives of another function of the same arguments and results."""
     op = jax.custom_jvp(run)
 
     @op.defjvp

@@ -20,15 +20,11 @@ from restkv_jax.decode import (
     CachePlan,
     Full,
     MeshRules,
-    RestKV,
     decode_chunk,
-    generate,
     init_decode,
     pad_prompts,
     prefill,
     row_keys,
-    shard,
-    with_output_factors,
 )
 from tests.restkv_jax.tiny import OPTIMISED
 
@@ -98,9 +94,9 @@ def test_derivatives_are_those_of_the_products(rows):
     of_x, of_scale = jax.grad(total, (0, 1))(x, w.scale)
     y = np.asarray(x, np.float64) @ numbers(w).T
     slope = np.cos(np.asarray(matmul(x, w), np.float64))
-    np.testing.assert_allclose(of_x, slope @ numbers(w), rtol=1e-4, atol=1e-2)
     by_scale = (slope * y / np.asarray(w.scale, np.float64)).sum(0)
-    np.testing.assert_allclose(of_scale, by_scale, rtol=1e-2, atol=1)
+    for ours, exact in ((of_x, slope @ numbers(w)), (of_scale, by_scale)):
+        np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-6 * np.abs(exact).max())
 
 
 def test_rows_of_a_table():
@@ -168,7 +164,7 @@ def test_loading_rounds_what_is_stored(folder, tmp_path):
     assert_same(models.load(tmp_path / "orbax", dtype="int8").model, loaded.model)
 
 
-def test_a_mesh_splits_int8_as_it_splits_floats(folder):
+def test_a_mesh_splits_int8_as_it_splits_floats():
     floats = Llama.init(config_of(), seed=3)
     model, rules = quantize_weights(floats), MeshRules.over(data=2, model=4)
     placed = place_weights(model, rules)
@@ -180,15 +176,6 @@ def test_a_mesh_splits_int8_as_it_splits_floats(folder):
             floats_shape = split[path].sharding.shard_shape(split[path].shape)
             assert shard_shape == (floats_shape if path == "embed.w" else floats_shape[::-1])
             assert value.scale.sharding.shard_shape(value.scale.shape) == shard_shape[:1]
-    r = np.random.default_rng(0)
-    prompts = [r.permutation(64)[:n].tolist() for n in (40, 61, 17, 50)]
-    plan = CachePlan(policy=RestKV(window=4), budget=12, headroom=16)
-    ours, expected = (
-        generate(lm, prompts, plan=plan, max_new_tokens=9, chunk=8)
-        for lm in (shard(with_output_factors(placed), rules), model)
-    )
-    np.testing.assert_array_equal(ours.tokens, expected.tokens)
-    np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=1e-4)
 
 
 def test_loading_onto_a_mesh():

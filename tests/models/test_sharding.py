@@ -11,7 +11,7 @@ import models
 from models import Gemma, Llama, ModelConfig
 from models.rope import RopeConfig
 from models.sharding import logical_axes, place_weights, weight_sharding
-from models.weights import named_parameters, parameter_shapes
+from models.weights import named_parameters, parameter_shapes, quantize_weights
 from restkv_jax.decode import (
     CachePlan,
     MeshRules,
@@ -66,13 +66,17 @@ def test_sizes_that_do_not_split_are_left_whole():
         assert weight_sharding(rules)(path, shapes[path]).shard_shape(shapes[path]) == shapes[path]
 
 
-def test_a_network_on_a_mesh_generates_what_it_does_on_one_device():
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_a_network_on_a_mesh_generates_what_it_does_on_one_device(weights):
     model = Llama.init(config_of(), seed=3)
+    if weights == "int8":
+        model = quantize_weights(model)
     rules = MeshRules.over(data=2, model=4)
     placed = place_weights(model, rules)
     for path, value in named_parameters(placed).items():
-        assert value.sharding == weight_sharding(rules)(path, value.shape)
-        np.testing.assert_array_equal(value, named_parameters(model)[path])
+        if weights == "float32":
+            assert value.sharding == weight_sharding(rules)(path, value.shape)
+        jax.tree.map(np.testing.assert_array_equal, value, named_parameters(model)[path])
     r = np.random.default_rng(0)
     prompts = [r.permutation(64)[:n].tolist() for n in (40, 61, 17, 50)]
     plan = CachePlan(policy=RestKV(window=4), budget=12, headroom=16)
@@ -81,7 +85,9 @@ def test_a_network_on_a_mesh_generates_what_it_does_on_one_device():
         for lm in (shard(with_output_factors(placed), rules), model)
     )
     np.testing.assert_array_equal(ours.tokens, expected.tokens)
-    np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=ATOL)
+    # Of int8, activations near the middle of two levels are rounded the other way.
+    atol = ATOL if weights == "float32" else 5 * ATOL
+    np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=atol)
     for layer in range(2):
         np.testing.assert_array_equal(
             ours.cache.kept_positions(layer), expected.cache.kept_positions(layer)

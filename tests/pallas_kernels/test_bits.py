@@ -100,12 +100,21 @@ def test_on_other_platforms_floats_stay_floats():
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda d: d.__name__)
-def test_derivatives_through_a_loop_are_right_or_refused(dtype):
-    def last(x):
-        return bits.scan(lambda c, _: (c * 2, None), x, length=3)[0].astype(jnp.float32)
+def test_derivatives_through_a_loop(dtype):
+    """With respect to what is carried, what comes in, and what the step closes over."""
 
-    if dtype == jnp.float32:
-        assert float(jax.grad(last)(dtype(1))) == 8
-    else:
-        with pytest.raises(NotImplementedError, match="use float32"):
-            jax.grad(last)(jnp.asarray(1, dtype))
+    def last(x, xs, factor):
+        return bits.scan(lambda c, x: (c * factor + x, c), x, xs)[0].astype(jnp.float32)
+
+    args = jnp.asarray(1, dtype), jnp.asarray([1, 2, 3], dtype), jnp.asarray(2, dtype)
+    of_x, of_xs, of_factor = jax.jit(jax.grad(last, (0, 1, 2)))(*args)
+    assert (float(of_x), of_xs.tolist()) == (8, [4, 2, 1])
+    assert float(of_factor) == 3 * 2**2 + 2 * 2 + 2  # of f³ + f² + 2 f + 3
+    loop = jax.jit(lambda x: bits.while_loop(lambda c: c < 20, lambda c: c * c, x))
+    assert float(jax.jvp(loop, (jnp.asarray(2, dtype),), (jnp.ones((), dtype),))[1]) == 8 * 2**7
+
+
+def test_no_steps_change_nothing():
+    x = jnp.ones(2, jnp.bfloat16)
+    after, out = bits.scan(lambda c, x: (c + x, c), x, jnp.zeros((0, 2), jnp.bfloat16))
+    assert (after.tolist(), out.shape) == ([1, 1], (0, 2))
