@@ -10,6 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from experiments.core.compiled import let_programs_go
 from experiments.core.errors import UserError
 from experiments.core.measure import device_memory
 from experiments.core.runner import Answer
@@ -93,6 +94,7 @@ class EvictionEngine:
         del caches  # a batch's own caches are freed once they are joined
         answers = {}
         for batch in self._batches(held):
+            let_programs_go()
             # Before anything is decoded: decoding consumes the cache.
             kept = {label: (kept_slots(held[label]), held[label].total_bytes) for label in batch}
             own = [held.pop(label) for label in batch]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from experiments.core.compiled import let_programs_go
 from restkv_jax.cache import KVCache
 from restkv_jax.decode import CausalLM, extend, last_logits
 
@@ -52,6 +53,7 @@ def follow(
         pieces: run a multiple of so many pieces, the last ones possibly empty: each number of
             pieces compiles.
     """
+    let_programs_go()
     first, piece = _schedule(cache, piece)
     needed = 1 + max(0, -(-(len(tokens) - first) // piece))
     rows = -(-needed // pieces) * pieces
