@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-# Of more policies than these only the differences to the first one are printed.
+# More policies than these have a line each; only their differences to the first one are printed.
 _FEW = 6
 
 
@@ -23,6 +23,27 @@ class TextTable:
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+
+def policy_table(
+    title: str,
+    names: Sequence[str],
+    policies: Sequence[str],
+    rows: Sequence[Sequence[str]],
+) -> TextTable:
+    """A table with a column for each policy, or, where these would be too many, with a line.
+
+    Args:
+        title: of the table.
+        names: of the columns before those of the policies.
+        policies: their labels.
+        rows: what stands in the columns.
+    """
+    columns = (*names, *policies)
+    if len(policies) <= _FEW:
+        return TextTable(title, columns, tuple(map(tuple, rows)))
+    heads, *lines = zip(columns, *rows, strict=True)
+    return TextTable(title, ("policy", *heads[1:]), tuple(lines))
 
 
 def score_table(title: str, result: Mapping[str, Any], digits: int = 2) -> TextTable:
@@ -46,7 +67,7 @@ def score_table(title: str, result: Mapping[str, Any], digits: int = 2) -> TextT
             _score(average["score"][p], average["standard_error"][p], digits) for p in policies
         ]
         rows.append((name, "", *cells))
-    return TextTable(title, ("set", "n", *policies), tuple(rows))
+    return policy_table(title, ("set", "n"), policies, rows)
 
 
 def difference_table(

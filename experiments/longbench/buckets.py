@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from experiments.core.results import ResultStore
 from experiments.core.storage import dump_json, write_atomic
-from experiments.core.table import TextTable
+from experiments.core.table import TextTable, policy_table
 from experiments.core.tasks import TaskSet
 from experiments.core.uncertainty import Scores, standard_error
 
@@ -70,7 +70,7 @@ def write_buckets(store: ResultStore, scores: Scores, sets: Sequence[TaskSet]) -
                 for own in split.values()
             )
             rows.append((f"mean of sets {bucket}", "", *(f"{mean:.2f}" for mean in means)))
-    return [TextTable("scores by length in words", ("set", "n", *split), tuple(rows))]
+    return [policy_table("scores by length in words", ("set", "n"), list(split), rows)]
 
 
 def _cell(values: Sequence[float]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from experiments.core.plots import lines
 from experiments.core.results import ResultStore
 from experiments.core.storage import dump_json, write_atomic
-from experiments.core.table import TextTable
+from experiments.core.table import TextTable, policy_table
 from experiments.core.tasks import TaskSet
 
 
@@ -77,8 +77,8 @@ def write_report(
             )
     write_atomic(store.folder / "perplexity.json", dump_json(content))
     return [
-        TextTable("perplexity of all tokens", ("mode", "tokens", *policies), tuple(whole)),
-        TextTable("perplexity by position", ("positions", *policies), tuple(parts)),
+        policy_table("perplexity of all tokens", ("mode", "tokens"), policies, whole),
+        policy_table("perplexity by position", ("positions",), policies, parts),
     ]
 
 

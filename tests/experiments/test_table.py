@@ -13,6 +13,7 @@ from experiments.core.table import (
     difference_table,
     human_bytes,
     markdown,
+    policy_table,
     print_tables,
     read_markdown,
     score_table,
@@ -60,6 +61,20 @@ def test_score_table():
         ("a", "4", "50.00 ± 1.25", "40.00 ± 2.00"),
         ("b", "1", "25.00", "5.50 ± 0.00"),
         ("mean of sets", "", "37.50", "22.75 ± 1.50"),
+    )
+
+
+def test_many_policies_have_a_line_each():
+    """The same cells: turned, not dropped."""
+    rows = [("a", "4", *map(str, range(7))), ("b", "1", *map(str, range(10, 17)))]
+    few = policy_table("t", ("set", "n"), "pqrstu", [row[:8] for row in rows])
+    assert few.columns == ("set", "n", *"pqrstu")
+    assert few.rows == tuple(row[:8] for row in rows)
+    many = policy_table("t", ("set", "n"), "pqrstuv", rows)
+    assert many.columns == ("policy", "a", "b")
+    assert many.rows == (
+        ("n", "4", "1"),
+        *((name, str(i), str(10 + i)) for i, name in enumerate("pqrstuv")),
     )
 
 
