@@ -16,6 +16,7 @@ from models.int8_weights import as_stored
 from models.layers import Linear, RMSNorm, Weights
 from models.matmul import lookup, matmul
 from models.rope import rope_angles
+from models.token_blocks import by_tokens
 from pallas_kernels.quantized import QuantArray
 from restkv_jax.protocols import Attend, LayerSpec, State
 
@@ -33,7 +34,7 @@ class Block(Protocol):
         attend: Attend[State],
         state: State,
     ) -> tuple[Float[Array, "B T D"], State]:
-        """Arguments and results as of `models.layers.Attention`."""
+        """Arguments and results as of `models.llama.Block`."""
         ...
 
 
@@ -140,7 +141,7 @@ class Decoder(nnx.Module):
             own = angles if config.windows[layer] is None else local
             x, state = block(x, own, layer, attend, state)
             yield x, state
-        yield self.norm(x), state
+        yield by_tokens(self.norm, x, over=True), state
 
     def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits in float32, accumulated in float32 whatever the weights are."""

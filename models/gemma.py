@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-from flax import nnx
 from jaxtyping import Array, Float
 
 from models.config import ModelConfig
 from models.decoder import Decoder
-from models.layers import Attention, GatedMLP, RMSNorm, Weights
-from restkv_jax.protocols import Attend, State
+from models.layers import RMSNorm, Weights
+from models.llama import Block
 
 
-class SandwichBlock(nnx.Module):
+class SandwichBlock(Block):
     """Attention and MLP, each normalised before and after, then added to the residual stream."""
 
     def __init__(self, path: str, config: ModelConfig, weights: Weights) -> None:
+        super().__init__(path, config, weights)
+
         def norm(name: str) -> RMSNorm:
             return RMSNorm(f"{path}.{name}", config.hidden_size, config, weights)
 
-        self.attn_norm = norm("attn_norm")
-        self.attn = Attention(f"{path}.attn", config, weights)
         self.attn_post_norm = norm("attn_post_norm")
-        self.mlp_norm = norm("mlp_norm")
-        self.mlp = GatedMLP(f"{path}.mlp", config, weights)
         self.mlp_post_norm = norm("mlp_post_norm")
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        angles: Float[Array, "B T 1 H2"],
-        layer: int,
-        attend: Attend[State],
-        state: State,
-    ) -> tuple[Float[Array, "B T D"], State]:
-        """Runs the layer; arguments and results as `Attention.__call__`, on the residual."""
-        update, state = self.attn(self.attn_norm(x), angles, layer, attend, state)
-        x = x + self.attn_post_norm(update)
-        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x))), state
+    def add(
+        self, x: Float[Array, "B T D"], heads: Float[Array, "B T N H"]
+    ) -> Float[Array, "B T D"]:
+        """Adds attention and MLP, normalised, to the residual stream."""
+        x = x + self.attn_post_norm(self.attn.output(heads, x.dtype))
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
 
 
 class Gemma(Decoder):

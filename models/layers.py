@@ -2,9 +2,7 @@
 
 A layer takes its weights from a `Weights` function at construction, which serves loading,
 random initialisation and shape listing alike, so nothing is allocated that is then thrown away.
-Modules are immutable afterwards: `__call__` assigns nothing, and plain `jax.jit` applies. What a
-layer computes outside of `attend` is jitted here, so that layers that are alike are traced and
-lowered once; XLA puts the copies back in place before it optimises.
+Modules are immutable afterwards: `__call__` assigns nothing, and plain `jax.jit` applies.
 """
 
 from __future__ import annotations
@@ -15,19 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
 from models.config import ModelConfig
 from models.matmul import matmul
 from models.rope import rotate
 from pallas_kernels.quantized import QuantArray, dequantize
-from restkv_jax.protocols import Attend, State
 
 Weights = Callable[[str, tuple[int, ...]], jax.Array | QuantArray | jax.ShapeDtypeStruct]
 """From a parameter's path, e.g. "layers.0.attn.q.w", and shape to its value."""
-
-# Tokens that go through an MLP at once: far more than matrix units need to be busy.
-_MLP_TOKENS = 16384
 
 
 class RMSNorm(nnx.Module):
@@ -74,28 +68,15 @@ class GatedMLP(nnx.Module):
         self.down = Linear(f"{path}.down", hidden, width, weights)
         self.activation = config.activation
 
-    @jax.jit
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Applies the network to each token, to those of long prompts block by block.
-
-        Gate and up of a whole prompt of 128k would be two arrays of 3.8 GB in an 8B model, more
-        than all else that its prefill holds beside the weights.
-        """
-        batch, tokens, _ = x.shape
-        if batch * tokens <= _MLP_TOKENS:
-            return self._apply(x)
-        block = max(1, _MLP_TOKENS // batch)
-        by_token = jax.lax.map(self._apply, jnp.swapaxes(x, 0, 1), batch_size=block)
-        return jnp.swapaxes(by_token, 0, 1)
-
-    def _apply(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Applies the network to each token."""
         gate = self.gate(x)
         gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate)
         return self.down(gate * self.up(x))
 
 
 class Attention(nnx.Module):
-    """The projections around one call of `attend`."""
+    """The projections before and after one call of `attend`."""
 
     def __init__(self, path: str, config: ModelConfig, weights: Weights) -> None:
         self.head_dim = config.head_dim
@@ -115,44 +96,31 @@ class Attention(nnx.Module):
         self.q_norm = head_norm("q_norm")
         self.k_norm = head_norm("k_norm")
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        angles: Float[Array, "B T 1 H2"],
-        layer: int,
-        attend: Attend[State],
-        state: State,
-    ) -> tuple[Float[Array, "B T D"], State]:
-        """Projects, normalises, rotates, attends, and projects back.
+    def project(
+        self, x: Float[Array, "B T D"], angles: Float[Array, "B T 1 H2"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Queries, keys and values by head, normalised and rotated.
 
         Args:
             x: the layer's normalised input.
             angles: rotary angles, from `rope_angles`.
-            layer: index handed to `attend`.
-            attend: the attention.
-            state: its state, opaque.
-
-        Returns:
-            The update to the residual stream, and the new state.
         """
-        q, k, v, w_o = self._project(x, angles)
-        heads, state = attend(layer, q, k, v, w_o, state)
-        return self.o(heads.astype(x.dtype).reshape(*x.shape[:2], -1)), state
-
-    @jax.jit
-    def _project(
-        self, x: Float[Array, "B T D"], angles: Float[Array, "B T 1 H2"]
-    ) -> tuple[Array, Array, Array, Float[Array, "N H D"]]:
-        """Queries, keys and values by head, and the output projection by head."""
         by_head = (*x.shape[:2], -1, self.head_dim)
         q, k, v = (project(x).reshape(by_head) for project in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, angles), rotate(k, angles), v
+
+    def w_o(self, dtype: DTypeLike) -> Float[Array, "N H D"]:
+        """The output projection by head."""
         w_o = self.o.w.get_value()
         if isinstance(w_o, QuantArray):
-            w_o = dequantize(w_o, x.dtype).T
-        w_o = w_o.reshape(-1, self.head_dim, x.shape[-1])
-        return rotate(q, angles), rotate(k, angles), v, w_o
+            w_o = dequantize(w_o, dtype).T
+        return w_o.reshape(-1, self.head_dim, w_o.shape[-1])
+
+    def output(self, heads: Float[Array, "B T N H"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+        """The update to the residual stream, from what the heads found."""
+        return self.o(heads.astype(dtype).reshape(*heads.shape[:2], -1))
 
 
 def _row(vector: Float[Array, " D"], ndim: int) -> Float[Array, "... D"]:

@@ -59,38 +59,34 @@ def test_fixtures_layers(case, monkeypatch):
     model, goldens = case.lm.model, case.goldens
     ids = jnp.asarray(goldens["input_ids"][:1])
     inner = dense_attend(model.layer_specs, count(ids))
-    seen = {"attend": [], "block": [], "attention": []}
+    attended, entering = [], []
 
     def attend(layer, q, k, v, w_o, state):
         heads, _ = inner(layer, q, k, v, w_o, state)
-        seen["attend"].append((layer, q, k, v, heads))
+        attended.append((layer, q, k, v, heads))
         return heads, state + 1
 
-    def record(cls, name):
-        original = cls.__call__
+    block = type(model.layers[0])
+    original = block.__call__
 
-        def call(self, x, *args):
-            result = original(self, x, *args)
-            seen[name].append((x, result[0]))
-            return result
+    def call(self, x, *args):
+        entering.append(x)
+        return original(self, x, *args)
 
-        monkeypatch.setattr(cls, "__call__", call)
-
-    record(type(model.layers[0]), "block")
-    record(type(model.layers[0].attn), "attention")
+    monkeypatch.setattr(block, "__call__", call)
     final, calls = model(ids, count(ids), attend, 0)
 
     num_layers = len(model.layer_specs)
     assert calls == num_layers
-    assert [layer for layer, *_ in seen["attend"]] == list(range(num_layers))
-    hidden = jnp.concatenate([*(entering for entering, _ in seen["block"]), final])
-    assert_close(hidden, goldens["hidden_states"])
+    assert [layer for layer, *_ in attended] == list(range(num_layers))
+    assert_close(jnp.concatenate([*entering, final]), goldens["hidden_states"])
     for i in goldens["layers_dumped"]:
-        _, q, k, v, heads = (np.asarray(x) for x in seen["attend"][i])
+        _, q, k, v, heads = (np.asarray(x) for x in attended[i])
         for name, by_token in (("q", q), ("k", k), ("v", v)):
             assert_projection(by_token[0].swapaxes(0, 1), goldens[f"{name}_l{i}"])
         assert_projection(heads.reshape(ids.shape[1], -1), goldens[f"attn_in_l{i}"])
-        assert_projection(seen["attention"][i][1][0], goldens[f"attn_out_l{i}"])
+        update = model.layers[int(i)].attn.output(jnp.asarray(heads), model.kv_dtype)
+        assert_projection(update[0], goldens[f"attn_out_l{i}"])
 
 
 def assert_projection(got, wanted):

@@ -11,6 +11,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.efficiency.subject import RANDOM
+from models import Llama, ModelConfig
 from models.matmul import matmul
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.specs import SPECS
@@ -30,6 +32,7 @@ from restkv_jax.decode import (
     init_decode,
     prefill,
     row_keys,
+    with_output_factors,
 )
 from restkv_jax.layer import layer_inputs
 from restkv_jax.policies import RestKV, SnapKV
@@ -203,3 +206,22 @@ def test_policies_make_no_weights_of_the_prompts_length(policy):
     weights = 4 * heads * policy.window * columns
     part = 2 / kv_heads if policy == RestKV() else 1 / 100
     assert program.memory_analysis().temp_size_in_bytes < weights * part
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_memory_of_a_prefill_of_128k(layers):
+    """Of the shape of Llama-3.1-8B: arrays [T, D], the same for any number of layers."""
+    columns = 131072
+    config = ModelConfig.from_hf(
+        {**RANDOM["llama-3.1-8b"], "num_hidden_layers": layers, "vocab_size": 1024}
+    )
+    model = jax.eval_shape(lambda: with_output_factors(Llama.init(config, dtype=jnp.bfloat16)))
+    tokens = jax.ShapeDtypeStruct((1, columns), jnp.int32)
+    plan = CachePlan(policy=RestKV(), budget=1024, headroom=144)
+    start = functools.partial(prefill, plans=(plan,))
+    valid = jax.ShapeDtypeStruct(tokens.shape, bool)
+    memory = compiled(start, model, tokens, valid, kind="TPU v6e").memory_analysis()
+    array = columns * config.hidden_size * 2
+    assert memory.temp_size_in_bytes < 6.05 * array
+    # What is alive at once; the rest lies between arrays.
+    assert memory.peak_memory_in_bytes - memory.argument_size_in_bytes < 3.8 * array
