@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense_attend import dense_logits
-from test_sharding import config_of
+from test_sharding import ATOL, config_of
 
 from models import Gemma, Llama, token_blocks
 from models.token_blocks import by_tokens
@@ -69,7 +69,7 @@ def test_networks_give_the_same_logits(network, monkeypatch):
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         in_blocks = jax.jit(dense_logits)(model, ids, places)
     jax.clear_caches()
-    np.testing.assert_allclose(in_blocks, whole, atol=5e-6)  # float32 in another order
+    np.testing.assert_allclose(in_blocks, whole, atol=ATOL)
 
 
 def test_memory_of_a_prefill(monkeypatch):
