@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,11 +37,7 @@ def by_tokens(f: Callable[..., Any], *arrays: Float[Array, "B T ..."], over: boo
         return f(*arrays)
     out = arrays[0]
     if not over:
-        # Of anything that is known only now: zeros for all layers are there from the beginning on.
-        some = arrays[0][(0,) * arrays[0].ndim]
-        out = jax.tree.map(
-            lambda x: jnp.full(x.shape, some.astype(x.dtype)), jax.eval_shape(f, *arrays)
-        )
+        out = jax.tree.map(functools.partial(_anything, arrays[0]), jax.eval_shape(f, *arrays))
 
     def fill(out: Any, start: Int[Array, ""], size: int) -> Any:
         def read(x: Array) -> Array:
@@ -55,6 +52,15 @@ def by_tokens(f: Callable[..., Any], *arrays: Float[Array, "B T ..."], over: boo
     starts = block * jnp.arange(blocks)
     out, _ = bits.scan(lambda out, start: (fill(out, start, block), None), out, starts)
     return fill(out, jnp.int32(tokens - rest), rest) if rest else out
+
+
+def _anything(known: Array, like: jax.ShapeDtypeStruct) -> Array:
+    """An array to write to, of an entry of another one.
+
+    Zeros depend on nothing, and XLA:CPU makes those of all layers at the beginning.
+    """
+    filled = bits.move(lambda x, at: jnp.full(like.shape, x.reshape(-1)[at]), known, at=0)
+    return filled.astype(like.dtype)
 
 
 def _write(x: Array, part: Array, at: Int[Array, ""]) -> Array:

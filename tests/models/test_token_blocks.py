@@ -42,6 +42,16 @@ def test_blocks_make_what_the_whole_makes(batch, tokens, dtype, over, blocks_of_
     jax.tree.map(np.testing.assert_array_equal, found, f(x, y))
 
 
+@pytest.mark.parametrize("over", [False, True])
+def test_bfloat16_stays_as_it_is(over, blocks_of_12):
+    """XLA:CPU would turn whole arrays into float32 and back, to write a block or an entry."""
+    x = jax.ShapeDtypeStruct((1, 1009, 8), jnp.bfloat16)
+    program = jax.jit(lambda x: by_tokens(lambda x: x * 2, x, over=over)).lower(x)
+    text = program.compile(compiler_options=OPTIMISED).as_text()
+    assert "bf16[1,1009,8]" in text
+    assert "f32[1,1009,8]" not in text
+
+
 def test_derivatives_of_blocks(blocks_of_12):
     x, y = (jax.random.normal(jax.random.key(i), (2, 17, 5)) for i in (0, 1))
 
