@@ -106,7 +106,8 @@ class Attention(nnx.Module):
             angles: rotary angles, from `rope_angles`.
         """
         by_head = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (project(x).reshape(by_head) for project in (self.q, self.k, self.v))
+        flat = (_whole(project(x)) for project in (self.q, self.k, self.v))
+        q, k, v = (y.reshape(by_head) for y in flat)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, angles), rotate(k, angles), v
@@ -121,6 +122,11 @@ class Attention(nnx.Module):
     def output(self, heads: Float[Array, "B T N H"], dtype: DTypeLike) -> Float[Array, "B T D"]:
         """The update to the residual stream, from what the heads found."""
         return self.o(heads.astype(dtype).reshape(*heads.shape[:2], -1))
+
+
+def _whole(y: Float[Array, "B T O"]) -> Float[Array, "B T O"]:
+    """Keeps XLA on TPU from multiplying by head, for which it copies the weights turned around."""
+    return jax.lax.platform_dependent(y, tpu=jax.lax.optimization_barrier, default=lambda y: y)
 
 
 def _row(vector: Float[Array, " D"], ndim: int) -> Float[Array, "... D"]:

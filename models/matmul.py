@@ -27,7 +27,9 @@ def matmul(
 
     On CPU, XLA has products of bfloat16 for matrices of two rows or more and float32 results. All
     others it computes from a float32 copy of the weights, of twice their size. It has products of
-    int8 as well, which the activations of few rows are rounded to.
+    int8 as well, which the activations of few rows are rounded to. On GPU, it multiplies a single
+    row with a matrix of less than 10^7 numbers element by element, writes all of that, and reads it
+    again to sum it up; nor does it take several such products together.
 
     Args:
         x: activations.
@@ -41,7 +43,7 @@ def matmul(
         return y.reshape(*x.shape[:-1], y.shape[-1]).astype(dtype)
     axes = ((1,), (int(transposed),)), ((), ())
 
-    def on_cpu(x: Array, w: Array) -> Array:
+    def of_two_rows(x: Array, w: Array) -> Array:
         rows = _two_or_more(x.reshape(-1, x.shape[-1]))
         y = jax.lax.dot_general(rows, w, axes, preferred_element_type=jnp.float32)
         return y[: x.size // x.shape[-1]].reshape(*x.shape[:-1], y.shape[-1]).astype(dtype)
@@ -49,9 +51,12 @@ def matmul(
     def elsewhere(x: Array, w: Array) -> Array:
         return jnp.matmul(x, w.T if transposed else w, preferred_element_type=dtype)
 
-    if x.dtype != jnp.bfloat16 or w.dtype != jnp.bfloat16:
-        return elsewhere(x, w)
-    return jax.lax.platform_dependent(x, w, cpu=on_cpu, default=elsewhere)
+    platforms = {
+        "cpu": x.dtype == w.dtype == jnp.bfloat16,
+        "cuda": x.size == x.shape[-1],
+    }
+    ways = {platform: of_two_rows for platform, best in platforms.items() if best}
+    return jax.lax.platform_dependent(x, w, default=elsewhere, **ways) if ways else elsewhere(x, w)
 
 
 def lookup(
@@ -76,10 +81,17 @@ def _by_int8(
 
 def _by_levels(x: Array, values: Array, scale: Array) -> Array:
     """With the levels as floats, which are exact in 16 bits."""
-    # Always 0, though compilers do not see it: they would turn all weights into floats at once,
-    # before the activations are there or the loop begins.
-    nothing = jnp.minimum(jnp.any(jnp.isnan(x[:1, :1])).astype(values.dtype), 0)
-    levels = (values + nothing).astype(x.dtype)
+
+    def late(x: Array, values: Array) -> Array:
+        # Always 0, though compilers do not see it: they would turn all weights into floats at once,
+        # before the activations are there or the loop begins.
+        nothing = jnp.minimum(jnp.any(jnp.isnan(x[:1, :1])).astype(values.dtype), 0)
+        return values + nothing
+
+    def now(_: Array, values: Array) -> Array:
+        return values  # products convert them on the way; to add nothing would be to copy them
+
+    levels = jax.lax.platform_dependent(x, values, cuda=now, default=late).astype(x.dtype)
     return matmul(x, levels, jnp.float32, transposed=True) * scale[None]
 
 
@@ -102,5 +114,5 @@ def _by_two_rows(x: Array, values: Array, scale: Array) -> Array:
 
 
 def _two_or_more(rows: Array) -> Array:
-    """A single row twice: XLA:CPU has no fast products of fewer, and elsewhere it costs nothing."""
+    """A single row twice: XLA has no fast products of fewer on CPU and GPU; memory decides."""
     return jnp.broadcast_to(rows, (2, rows.shape[1])) if rows.shape[0] == 1 else rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -44,6 +44,7 @@ def triton_call(
     *,
     name: str,
     zeroed: Sequence[int] = (),
+    aliases: Mapping[int, int] | None = None,
     compute_capability: int | None = None,
     **options: Any,
 ) -> tuple[Array, ...]:
@@ -56,6 +57,8 @@ def triton_call(
         outputs: shapes and types of what it writes.
         name: in profiles.
         zeroed: which of the outputs hold zeros when it starts.
+        aliases: which inputs are written over, and the outputs that this makes of them. The kernel
+            has pointers for both.
         compute_capability: that it is compiled for. None asks the GPU; a program that is lowered
             on a host without one is for 90, which H100 and H200 have.
         options: grid, num_warps, num_stages and the static arguments by name.
@@ -72,6 +75,7 @@ def triton_call(
             out_shape=tuple(outputs),
             name=name,
             zeroed_outputs=tuple(zeroed),
+            input_output_aliases=dict(aliases or {}),
             compute_capability=compute_capability,
             **options,
         )

@@ -99,13 +99,18 @@ def feed(
         if q.shape[1] > 1:
             stack = stack.remember(row, q, positions)
         if evicts is not None and evict == "after":
-            stack = evicted((stack.used[row] > evicts.budget) & _after(out), start + count)
+            full = (stack.used[row] + count > evicts.budget) & _after(out)
+            stack = evicted(full, start + count)
+            # These tokens are counted below, in those rows too that have just been.
+            used = stack.used.at[row].add(jnp.where(full, -count, 0))
+            stack = dataclasses.replace(stack, used=used)
         return out, (count, start, positions, cache.with_stack(index, stack))
 
     rotary = positions if not cache.by_slot else _by_slot(cache, count, rank, valid)
     # All that `attend` reads is in its state, which a sharded model splits by rows and heads.
     hidden, (_, _, _, cache) = model(tokens, rotary, attend, (count, start, positions, cache))
-    return hidden, dataclasses.replace(cache, next_position=start + count)
+    stacks = tuple(stack.advance(count) for stack in cache.stacks)
+    return hidden, dataclasses.replace(cache, stacks=stacks, next_position=start + count)
 
 
 def _by_slot(

@@ -172,7 +172,7 @@ class LayerStack:
         v: Float[Array, "B T J H"],
         positions: Int[Array, "B T"],
     ) -> LayerStack:
-        """Writes tokens of one layer at its cursor and moves it.
+        """Writes tokens of one layer at its cursor, which `advance` moves.
 
         Args:
             row: the layer's row.
@@ -202,40 +202,27 @@ class LayerStack:
                 for x in (k, v)
             )
         slot = jnp.where(new & (slot < size), self.start(row) + slot, total)  # else: dropped
-        rows = jnp.arange(batch)[:, None]
-
-        def put(whole: Array, part: Array) -> Array:
-            return whole.at[rows, :, slot].set(part.astype(whole.dtype), mode="drop")
-
         marked = jnp.broadcast_to(marked[..., None], (*marked.shape, lists))
-        owners = self.owners
+        owners, carried = self.owners, self.carried
         if owners is not None:
             each = jnp.tile(jnp.arange(per_token), tokens)[:, None]
-            owners = put(owners, jnp.broadcast_to(each, marked.shape))
-        carried = self.carried
+            owners = jnp.broadcast_to(each, marked.shape)
         if carried is not None:
-            carried = put(carried, jnp.full((*slot.shape, carried.shape[1]), -1.0))
-        entries = _stored(k, self.k), _stored(v, self.v)
-        numbers = write_slots(
-            (_numbers(self.k), _numbers(self.v)), tuple(map(_numbers, entries)), slot
+            carried = jnp.full((*slot.shape, carried.shape[1]), -1.0)
+        whole, entries = (
+            self._slots(),
+            LayerSlots(_stored(k, self.k), _stored(v, self.v), marked, owners, carried),
         )
-
-        def with_scale(
-            whole: Array | QuantArray, part: Array | QuantArray, values: Array
-        ) -> Array | QuantArray:
-            if isinstance(whole, QuantArray) and isinstance(part, QuantArray):
-                return QuantArray(values=values, scale=put(whole.scale, part.scale))
-            return values
-
+        stacks, structure = jax.tree.flatten(whole)
+        written = write_slots(tuple(stacks), tuple(jax.tree.leaves(entries)), slot)
         return dataclasses.replace(
             self,
-            k=with_scale(self.k, entries[0], numbers[0]),
-            v=with_scale(self.v, entries[1], numbers[1]),
-            positions=put(self.positions, marked),
-            used=self.used.at[row].add(count * per_token),
-            owners=owners,
-            carried=carried,
+            **jax.tree.unflatten(structure, written)._asdict(),
         )
+
+    def advance(self, count: Int[Array, " B"]) -> LayerStack:
+        """Moves all cursors behind so many tokens of each row; to move one copies the others."""
+        return dataclasses.replace(self, used=self.used + count * self.heads_per_list)
 
     def remember(
         self, row: int | Array, q: Float[Array, "B T N H"], positions: Int[Array, "B T"]
@@ -274,10 +261,6 @@ class LayerStack:
 
     def _slots(self) -> LayerSlots:
         return LayerSlots(self.k, self.v, self.positions, self.owners, self.carried)
-
-
-def _numbers(x: Array | QuantArray) -> Array:
-    return x.values if isinstance(x, QuantArray) else x
 
 
 def _stored(x: Array, like: Array | QuantArray) -> Array | QuantArray:

@@ -1,8 +1,8 @@
 """Attention of one new token over cache slots on GPU: Triton, split over the slots.
 
 Importing this file needs Triton. Each program takes one cache head and one part of its slots
-with all query heads that share it, and leaves a numerator, a peak and a total; XLA puts the parts
-together.
+with all query heads that share it, and leaves a numerator, a peak and a total; a second launch
+puts the parts together, which takes XLA two or three.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from pallas_kernels.triton_functions import soft_cap
 
 # The fewest rows of a matrix product.
 _ROWS = 16
+# Numbers of the parts that a program loads at once.
+_COMBINED = 4096
 
 
 def decode_attention_triton(
@@ -51,28 +53,26 @@ def decode_attention_triton(
     sums, peaks, totals, logits = call(
         part_kernel, inputs, shapes, name="decode_attention", **options
     )
-    out = combine(sums, peaks, totals).reshape(q.shape).astype(q.dtype)
+    parts = sums.shape[0]
+    (out,) = call(
+        combine_kernel,
+        (sums, peaks, totals),
+        (jax.ShapeDtypeStruct(q.shape, q.dtype),),
+        name="decode_attention_parts",
+        grid=(q.shape[0] * q.shape[1],),
+        num_warps=4,
+        num_stages=1,
+        parts=parts,
+        lists=q.shape[0] * q.shape[1],
+        size=q.shape[2],
+        PARTS=power_of_two(parts),
+        STEP=min(power_of_two(parts), max(1, _COMBINED // options["SIZE"])),
+        SIZE=options["SIZE"],
+    )
     if not weights:
         return out, None
     numerators, total = softmax(logits)
     return out, numerators / total
-
-
-def combine(
-    sums: Float[Array, "P B N H"], peaks: Float[Array, "P B N"], totals: Float[Array, "P B N"]
-) -> Float[Array, "B N H"]:
-    """One softmax-weighted mean from those of P parts; 0 where no part has any weight.
-
-    Args:
-        sums: numerators of each part relative to its own peak.
-        peaks: largest logits, -inf of an empty part.
-        totals: denominators relative to the peaks.
-    """
-    peak = jnp.max(peaks, axis=0)
-    factor = jnp.exp(peaks - jnp.where(peak == -jnp.inf, 0.0, peak))
-    total = jnp.sum(totals * factor, axis=0)
-    total = jnp.where(total == 0.0, 1.0, total)
-    return jnp.sum(sums * factor[..., None], axis=0) / total[..., None]
 
 
 def launch(
@@ -221,3 +221,42 @@ def part_kernel(  # type: ignore[no-untyped-def]
     )
     tl.store(peak_ptr + out, peak, mask=is_row)
     tl.store(total_ptr + out, total, mask=is_row)
+
+
+@triton.jit
+def combine_kernel(  # type: ignore[no-untyped-def]
+    # Inputs.
+    sum_ptr,  # [P, B * N, H] numerators of each part relative to its own peak
+    peak_ptr,  # [P, B * N] largest logits, -inf of an empty part
+    total_ptr,  # [P, B * N] denominators relative to the peaks
+    # Output.
+    out_ptr,  # [B * N, H]
+    # Static; capitals are powers of two.
+    parts: tl.constexpr,
+    lists: tl.constexpr,
+    size: tl.constexpr,
+    PARTS: tl.constexpr,
+    STEP: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """One softmax-weighted mean of a query head from those of its parts; 0 if all are empty."""
+    head = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS)
+    inside = part < parts
+    peak = tl.max(tl.load(peak_ptr + part * lists + head, mask=inside, other=float("-inf")), axis=0)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    column = tl.arange(0, SIZE)
+    is_column = column < size
+    sums = tl.zeros([SIZE], tl.float32)
+    total = 0.0
+    for first in range(0, parts, STEP):
+        part = first + tl.arange(0, STEP)
+        inside = part < parts
+        at = part * lists + head
+        factor = tl.exp(tl.load(peak_ptr + at, mask=inside, other=float("-inf")) - peak)
+        total += tl.sum(tl.load(total_ptr + at, mask=inside, other=0.0) * factor, axis=0)
+        wanted = inside[:, None] & is_column[None, :]
+        some = tl.load(sum_ptr + at[:, None] * size + column[None, :], mask=wanted, other=0.0)
+        sums += tl.sum(some * factor[:, None], axis=0)
+    mean = sums / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + head * size + column, mean.to(out_ptr.dtype.element_ty), mask=is_column)

@@ -9,32 +9,36 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Int, Num
+from jaxtyping import Array, Int
+
+from pallas_kernels.slot_write.reference import Arrays
 
 
 # Traced once for all layers of a model that are alike.
 @functools.partial(jax.jit, static_argnames="interpret")
 def write_slots_tpu(
-    stacks: tuple[Num[Array, "B J T H"], ...],
-    entries: tuple[Num[Array, "B 1 J H"], ...],
+    stacks: Arrays,
+    entries: Arrays,
     slots: Int[Array, "B 1"],
     *,
     interpret: Any = False,
-) -> tuple[Num[Array, "B J T H"], ...]:
+) -> Arrays:
     """See `pallas_kernels.slot_write.write_slots`."""
-    batch, _, total, _ = stacks[0].shape
-    # Rows of a tile: 8 of float32, 16 of bfloat16, 32 of int8.
-    tiles = [min(total, 32 // stack.dtype.itemsize) for stack in stacks]
+    batch, _, total = stacks[0].shape[:3]
+    # Slots of a tile: rows, 8 of float32, 16 of bfloat16 and 32 of int8; without H, columns.
+    tiles = [min(total, 32 // x.dtype.itemsize if x.ndim == 4 else 128) for x in stacks]
 
     def tile_spec(stack: Array, tile: int) -> pl.BlockSpec:
         def index(b: Any, slots: Any) -> tuple[Any, ...]:
-            return b, 0, jnp.minimum(slots[b], total - 1) // tile, 0
+            return b, 0, jnp.minimum(slots[b], total - 1) // tile, *(0,) * (stack.ndim - 3)
 
-        return pl.BlockSpec((1, stack.shape[1], tile, stack.shape[3]), index)
+        return pl.BlockSpec((1, stack.shape[1], tile, *stack.shape[3:]), index)
 
-    entry_specs = [
-        pl.BlockSpec((1, x.shape[2], 1, x.shape[3]), lambda b, _: (b, 0, 0, 0)) for x in entries
-    ]
+    def entry_spec(stack: Array) -> pl.BlockSpec:
+        shape = 1, stack.shape[1], 1, *stack.shape[3:]
+        return pl.BlockSpec(shape, lambda b, _: (b, *(0,) * (stack.ndim - 1)))
+
+    entry_specs = list(map(entry_spec, stacks))
     tile_specs = [tile_spec(*pair) for pair in zip(stacks, tiles, strict=True)]
     count = len(stacks)
     written = pl.pallas_call(
@@ -58,8 +62,8 @@ def write_slots_tpu(
 def _kernel(
     # Prefetched.
     slots_ref: Any,  # [B] int32, T for entries to leave out
-    # Inputs, one of each array: entries [1, J, 1, H], then tiles [1, J, tile, H].
-    # Outputs, one of each array: tiles [1, J, tile, H].
+    # Inputs, one of each array: entries [1, J, 1, *H], then tiles [1, J, tile, *H].
+    # Outputs, one of each array: tiles [1, J, tile, *H].
     *refs: Any,
     # Static.
     tiles: tuple[int, ...],
@@ -70,9 +74,10 @@ def _kernel(
     for entry_ref, old_ref, new_ref, tile in zip(
         refs[:count], refs[count : 2 * count], refs[2 * count :], tiles, strict=True
     ):
-        # float32 holds the numbers of all types exactly, and masks are of its width. The tile of
-        # an entry to leave out is written back as it is.
-        row = jax.lax.broadcasted_iota(jnp.int32, old_ref.shape[1:], 1)
-        entry, old = (ref[0].astype(jnp.float32) for ref in (entry_ref, old_ref))
-        here = (row == slot % tile) & (slot < total)
+        # Masks are 32 bits wide, and float32 holds the numbers of all shorter types exactly. The
+        # tile of an entry to leave out is written back as it is.
+        wide = old_ref.dtype if old_ref.dtype.itemsize == 4 else jnp.float32
+        place = jax.lax.broadcasted_iota(jnp.int32, old_ref.shape[1:], 1)
+        entry, old = (ref[0].astype(wide) for ref in (entry_ref, old_ref))
+        here = (place == slot % tile) & (slot < total)
         new_ref[0] = jnp.where(here, entry, old).astype(new_ref.dtype)

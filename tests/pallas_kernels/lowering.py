@@ -14,8 +14,41 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 TOPOLOGIES = {"TPU v5e": "v5e:2x2", "TPU v6e": "v6e:2x2"}
 
+GPU = "NVIDIA H200"
+# What XLA asks of it to compile for it.
+_GPU_CONFIG = f"""
+platform_name: "CUDA"
+device_description_str: "{GPU}"
+runtime_version {{ major: 13 }}
+dnn_version_info {{ major: 9 minor: 10 }}
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 }}
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  device_memory_size: 150754820096
+  memory_bandwidth: 4915200000000
+  l2_cache_size: 62914560
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+}}
+"""
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="compiling for TPU needs libtpu"
+)
+needs_cuda_plugin = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("jax_cuda13_plugin", "jax_triton")),
+    reason="compiling for GPU needs jax[cuda13-local] and jax-triton",
 )
 
 
@@ -35,7 +68,7 @@ def lowered(f: Callable[..., Any], *args: Any, kind: str = "TPU v5e") -> str:
 
 
 def compiled(f: Callable[..., Any], *args: Any, kind: str, **jit: Any) -> jax.stages.Compiled:
-    """What the TPU compiler makes of it, Mosaic kernels included; needs libtpu."""
+    """What the compiler for a device makes of it, kernels included; needs libtpu or the plugin."""
     from jax.sharding import SingleDeviceSharding
 
     sharding = SingleDeviceSharding(devices(kind)[0])
@@ -46,9 +79,13 @@ def compiled(f: Callable[..., Any], *args: Any, kind: str, **jit: Any) -> jax.st
 
 @functools.cache
 def devices(kind: str) -> list[Any]:
-    """Those of a small TPU slice, for which programs can be compiled; needs libtpu."""
+    """Those of a small TPU slice, or one GPU, for which programs can be compiled."""
     from jax.experimental import topologies
 
+    if kind == GPU:
+        return topologies.get_topology_desc(
+            platform="cuda", target_config=_GPU_CONFIG, topology="1x1x1"
+        ).devices
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE="v5litepod-4",

@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.masked_eviction import masked_eviction
 from pallas_kernels.masked_eviction.specs import SPECS
 from pallas_kernels.triton_extra import without_triton
-from tests.pallas_kernels.lowering import lowered
+from tests.pallas_kernels.lowering import GPU, lowered
 from tests.pallas_kernels.triton_interpreter import errors_of
 from tests.pallas_kernels.triton_machine import machine_code
 
@@ -30,7 +30,7 @@ def test_lowers_for_cuda(spec):
     text = lowered(
         functools.partial(masked_eviction, **spec.options),
         *spec.shapes(jnp.bfloat16),
-        kind="NVIDIA H200",
+        kind=GPU,
     )
     assert text.count("triton_kernel_call") == 2
     # Nothing is sorted, and no entry is moved by XLA.
@@ -61,13 +61,13 @@ def test_no_kernel_is_named_in_vain(wrong):
     )
     reason = {"mixed": "one of k and v is int8", "empty": "there is nothing to move"}[wrong]
     with pytest.raises(NotImplementedError, match=rf"masked_eviction.*'triton': {reason}"):
-        lowered(run, importance, k, v, places, budget, kind="NVIDIA H200")
+        lowered(run, importance, k, v, places, budget, kind=GPU)
 
 
 @pytest.mark.skipif(REASON is None, reason="jax-triton is installed")
 def test_without_the_extra_xla_does_it_and_the_name_is_refused():
     inputs = NAMED["by_head"].shapes(jnp.bfloat16)
     run = functools.partial(masked_eviction, capacity=9)
-    assert "triton" not in lowered(run, *inputs, kind="NVIDIA H200")
+    assert "triton" not in lowered(run, *inputs, kind=GPU)
     with pytest.raises(NotImplementedError, match=r"'triton': jax-triton cannot be imported .*gpu"):
-        lowered(functools.partial(run, implementation="triton"), *inputs, kind="NVIDIA H200")
+        lowered(functools.partial(run, implementation="triton"), *inputs, kind=GPU)

@@ -11,8 +11,6 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.efficiency.subject import RANDOM
-from models import Llama, ModelConfig
 from models.matmul import matmul
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.specs import SPECS
@@ -21,24 +19,14 @@ from pallas_kernels.masked_eviction.specs import SPECS as EVICTIONS
 from pallas_kernels.quantized import QuantArray
 from pallas_kernels.window_scores import window_scores
 from pallas_kernels.window_scores.specs import SPECS as SCORES
-from restkv_jax.cache import init_cache
 from restkv_jax.compression import compress
-from restkv_jax.decode import (
-    CachePlan,
-    Full,
-    LayerSpec,
-    MeshRules,
-    decode_chunk,
-    init_decode,
-    prefill,
-    row_keys,
-    with_output_factors,
-)
+from restkv_jax.decode import CachePlan, LayerSpec, MeshRules, prefill
 from restkv_jax.layer import layer_inputs
 from restkv_jax.policies import RestKV, SnapKV
 from restkv_jax.prompt_attention import causal_attention
 from restkv_jax.sharding import ShardedLM
 from tests.pallas_kernels.lowering import TOPOLOGIES, compiled, devices, needs_libtpu
+from tests.pallas_kernels.programs import copies_of, decode_loop, model_of_8b, prefill_of_128k
 from tests.restkv_jax import tiny
 
 pytestmark = [pytest.mark.tpu_aot, needs_libtpu]
@@ -66,31 +54,17 @@ def test_the_decode_loop_copies_no_cache(scanned, storage):
     if scanned:
         model = tiny.ScannedModel(model.params, model.layer_specs)
     model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
-    never = jnp.asarray([-1])
+    program, stack = decode_loop(model, batch=2, columns=1024, kind="TPU v5e", storage=storage)
+    assert program.as_text().count("tpu_custom_call") == (2 if scanned else 8)
+    assert copies_of(program, stack, positions=True) == []
 
-    def start():
-        plan = CachePlan(policy=Full(), headroom=0, storage=storage)
-        cache = init_cache(
-            model.layer_specs, plan, batch=2, prompt_columns=1024, dtype=jnp.bfloat16
-        )
-        return init_decode(jnp.zeros((2, 61)), cache, row_keys(0, 2), jnp.full(2, 9), never)
 
-    state = jax.eval_shape(start)
-    shape = ",".join(map(str, state.cache.stacks[0].positions.shape))
-    program = compiled(
-        lambda model, state: decode_chunk(model, state, never, steps=4),
-        *(model, state),
-        kind="TPU v5e",
-        donate_argnums=1,
-    ).as_text()
-    assert program.count("tpu_custom_call") == (2 if scanned else 8)
-    assert shape in program
-    copies = [
-        line.strip()
-        for line in program.splitlines()
-        if " copy(" in line and f"[{shape},128]" in line.split(" copy(")[0]
-    ]
-    assert copies == []
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_decode_loop_copies_no_weights(batch):
+    """XLA would turn the matrices of queries, keys and values around, once for each chunk."""
+    program, stack = decode_loop(model_of_8b(2), batch=batch, columns=1168, kind="TPU v6e")
+    assert program.memory_analysis().temp_size_in_bytes < 4096 * 1024 * 2
+    assert copies_of(program, stack, positions=True) == []
 
 
 def test_a_loop_holds_no_floats_of_int8_weights():
@@ -211,17 +185,8 @@ def test_policies_make_no_weights_of_the_prompts_length(policy):
 @pytest.mark.parametrize("layers", [2, 3])
 def test_memory_of_a_prefill_of_128k(layers):
     """Of the shape of Llama-3.1-8B: arrays [T, D], the same for any number of layers."""
-    columns = 131072
-    config = ModelConfig.from_hf(
-        {**RANDOM["llama-3.1-8b"], "num_hidden_layers": layers, "vocab_size": 1024}
-    )
-    model = jax.eval_shape(lambda: with_output_factors(Llama.init(config, dtype=jnp.bfloat16)))
-    tokens = jax.ShapeDtypeStruct((1, columns), jnp.int32)
-    plan = CachePlan(policy=RestKV(), budget=1024, headroom=144)
-    start = functools.partial(prefill, plans=(plan,))
-    valid = jax.ShapeDtypeStruct(tokens.shape, bool)
-    memory = compiled(start, model, tokens, valid, kind="TPU v6e").memory_analysis()
-    array = columns * config.hidden_size * 2
+    program, array = prefill_of_128k(layers, "TPU v6e")
+    memory = program.memory_analysis()
     assert memory.temp_size_in_bytes < 6.05 * array
     # What is alive at once; the rest lies between arrays.
     assert memory.peak_memory_in_bytes - memory.argument_size_in_bytes < 3.8 * array

@@ -12,7 +12,7 @@ from pallas_kernels.triton_extra import without_triton
 from pallas_kernels.window_scores import ScoreForm, Tiling, window_scores
 from pallas_kernels.window_scores.specs import SPECS
 from pallas_kernels.window_scores.tiling import gpu_tiling
-from tests.pallas_kernels.lowering import lowered
+from tests.pallas_kernels.lowering import GPU, lowered
 from tests.pallas_kernels.triton_interpreter import errors_of
 from tests.pallas_kernels.triton_machine import machine_code
 
@@ -33,7 +33,7 @@ def test_interpreted_kernels_equal_the_reference():
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_lowers_for_cuda(spec):
     inputs = spec.shapes(jnp.bfloat16)
-    text = lowered(functools.partial(window_scores, form=spec.form), *inputs, kind="NVIDIA H200")
+    text = lowered(functools.partial(window_scores, form=spec.form), *inputs, kind=GPU)
     assert text.count("triton_kernel_call") == 2
     if spec.large:
         # Nothing has a number for each row of the window and each key.
@@ -50,7 +50,7 @@ def test_known_sums_spare_the_first_pass():
     def op(*args):
         return window_scores(*args[:-1], log_sums=args[-1], form=spec.form)
 
-    text = lowered(op, *spec.shapes(jnp.bfloat16), sums, kind="NVIDIA H200")
+    text = lowered(op, *spec.shapes(jnp.bfloat16), sums, kind=GPU)
     assert text.count("triton_kernel_call") == 1
 
 
@@ -98,7 +98,7 @@ def test_no_kernel_is_named_in_vain(arrays, past, reason):
     given = [x for x in arrays if x is not None]
     with pytest.raises(NotImplementedError, match=rf"window_scores.*'triton': {reason}"):
         jax.eval_shape(functools.partial(op, implementation="triton"), *given)
-    assert "triton" not in lowered(op, *given, kind="NVIDIA H200")
+    assert "triton" not in lowered(op, *given, kind=GPU)
 
 
 @needs_triton
@@ -117,9 +117,9 @@ def test_without_the_extra_xla_does_it_and_the_name_is_refused():
     spec = NAMED["gqa8_128"]
     inputs = spec.shapes(jnp.bfloat16)
     run = functools.partial(window_scores, form=spec.form)
-    assert "triton" not in lowered(run, *inputs, kind="NVIDIA H200")
+    assert "triton" not in lowered(run, *inputs, kind=GPU)
     with pytest.raises(NotImplementedError, match=r"'triton': jax-triton cannot be imported .*gpu"):
-        lowered(functools.partial(run, implementation="triton"), *inputs, kind="NVIDIA H200")
+        lowered(functools.partial(run, implementation="triton"), *inputs, kind=GPU)
 
 
 def test_tilings_are_powers_of_two_that_fill_the_gpu():

@@ -67,7 +67,7 @@ class FakeTensor:
         self.array[...] = other.array
 
 
-def interpreted(kernel, inputs, outputs, *, name, grid, zeroed=(), **options):
+def interpreted(kernel, inputs, outputs, *, name, grid, zeroed=(), aliases=None, **options):
     """In the place of `triton_call`; what is not written holds what is no result."""
 
     def launch(*arrays):
@@ -76,6 +76,8 @@ def interpreted(kernel, inputs, outputs, *, name, grid, zeroed=(), **options):
             for i, x in enumerate(outputs)
         ]
         tensors = [FakeTensor(np.array(x)) for x in arrays]
+        for i, output in (aliases or {}).items():
+            fresh[output] = tensors[i].array
         kernel[grid](*tensors, *map(FakeTensor, fresh), **options)
         return tuple(fresh)
 
@@ -145,6 +147,22 @@ def masked_eviction():
                 yield f"{spec.name} {dtype}", None
 
 
+def slot_write():
+    """The largest differences, which are none."""
+    from pallas_kernels.slot_write.kernel_gpu import write_slots_triton
+    from tests.pallas_kernels.test_slot_write import by_hand, example, floats
+
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int8):
+        args = example(dtype, 21, 20)
+        for name, some in (("all", args), ("floats", floats(*args))):
+            ours = jax.jit(functools.partial(write_slots_triton, call=interpreted))(*some)
+            pairs = zip(ours, by_hand(*some), strict=True)
+            yield (
+                f"{name} {dtype.__name__}",
+                max(difference(one, np.asarray(other, np.float64)) for one, other in pairs),
+            )
+
+
 def window_scores():
     """Errors against the reference, and against float64 where one key has nearly all weight."""
     from pallas_kernels.window_scores.kernel_gpu import window_scores_triton
@@ -190,7 +208,7 @@ def relative(ours, theirs):
     return float(np.max(np.abs(ours - theirs) / (theirs + least)))
 
 
-OPS = {f.__name__: f for f in (decode_attention, masked_eviction, window_scores)}
+OPS = {f.__name__: f for f in (decode_attention, masked_eviction, slot_write, window_scores)}
 
 
 def main() -> None:

@@ -24,7 +24,19 @@ def machine_code(run, *inputs, folder, monkeypatch, capability=90) -> list[Compi
 
     launches: list[Any] = []
 
-    def record(kernel, arrays, outputs, *, name, grid, zeroed=(), num_warps, num_stages, **static):
+    def record(
+        kernel,
+        arrays,
+        outputs,
+        *,
+        name,
+        grid,
+        zeroed=(),
+        aliases=None,
+        num_warps,
+        num_stages,
+        **static,
+    ):
         pointers = {
             key: f"*{_TYPES[x.dtype.name]}"
             for key, x in zip(kernel.arg_names, (*arrays, *outputs), strict=False)
@@ -36,7 +48,9 @@ def machine_code(run, *inputs, folder, monkeypatch, capability=90) -> list[Compi
             # As arrays begin, and as the custom call tells it.
             attrs={(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
         )
-        launches.append((name, source, {"num_warps": num_warps, "num_stages": num_stages}))
+        # jax-triton asks for fused multiplications and additions as well.
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+        launches.append((name, source, options))
         return tuple(jnp.zeros(x.shape, x.dtype) for x in outputs)
 
     jax.eval_shape(lambda *arrays: run(*arrays, call=record), *inputs)

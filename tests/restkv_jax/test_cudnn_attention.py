@@ -14,11 +14,10 @@ import pytest
 
 from restkv_jax.decode import CachePlan, LayerSpec, SnapKV, prefill
 from restkv_jax.prompt_attention import causal_attention
-from tests.pallas_kernels.lowering import lowered
+from tests.pallas_kernels.lowering import GPU, lowered
 from tests.restkv_jax import tiny
 
 SPEC = LayerSpec(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.3)
-GPU = "NVIDIA H200"
 
 
 @pytest.fixture
@@ -27,6 +26,11 @@ def has_cudnn(monkeypatch):
     monkeypatch.setattr(
         "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000
     )
+
+
+@pytest.fixture
+def has_no_cudnn(monkeypatch):
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", None)
 
 
 @pytest.fixture
@@ -96,7 +100,7 @@ def test_what_cudnn_cannot_do_is_left_to_xla(options, has_cudnn):
     assert "cudnn" not in text(columns=72, **options)
 
 
-def test_a_process_without_cudnn_does_without_it():
+def test_a_process_without_cudnn_does_without_it(has_no_cudnn):
     assert "cudnn" not in text(columns=80)
     with pytest.raises(NotImplementedError, match="'cudnn': cuDNN is not detected"):
         causal_attention(*arrays(80, jnp.bfloat16), spec=SPEC, rows=8, implementation="cudnn")

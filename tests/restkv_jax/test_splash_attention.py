@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from restkv_jax import splash_attention
 from restkv_jax.decode import CachePlan, LayerSpec, SnapKV, prefill
 from restkv_jax.prompt_attention import causal_attention
-from tests.pallas_kernels.lowering import lowered
+from tests.pallas_kernels.lowering import GPU, lowered
 from tests.restkv_jax import tiny
 
 SPEC = LayerSpec(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.3)
@@ -90,7 +90,7 @@ def test_programs_for_tpu_hold_it(spec):
 
 
 @pytest.mark.parametrize(
-    "options", [{"dtype": jnp.float32}, {"rows": None}, {"kind": "NVIDIA H200"}], ids=str
+    "options", [{"dtype": jnp.float32}, {"rows": None}, {"kind": GPU}], ids=str
 )
 def test_what_it_should_not_do_is_left_to_xla(options):
     assert "tpu_custom_call" not in text(columns=72, **options)

@@ -1,0 +1,148 @@
+"""Programs through XLA's compiler for GPU, for an H200, on any host.
+
+What it makes of them shows without a GPU: memory, copies, and how many kernels are launched. Triton
+kernels are compiled before, by Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from models.matmul import matmul
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention.specs import SPECS
+from pallas_kernels.masked_eviction import masked_eviction
+from pallas_kernels.masked_eviction.specs import SPECS as EVICTIONS
+from pallas_kernels.quantized import QuantArray
+from pallas_kernels.window_scores import window_scores
+from pallas_kernels.window_scores.specs import SPECS as SCORES
+from restkv_jax.decode import LayerSpec
+from restkv_jax.prompt_attention import causal_attention
+from tests.pallas_kernels.lowering import GPU, compiled, needs_cuda_plugin
+from tests.pallas_kernels.programs import copies_of, decode_loop, model_of_8b, prefill_of_128k
+from tests.restkv_jax import tiny
+
+pytestmark = [pytest.mark.gpu_aot, needs_cuda_plugin]
+
+# Instructions that become no kernel.
+_FREE = re.compile(r" (get-tuple-element|parameter|bitcast|constant|tuple|after-all)\(")
+
+
+def kernels_of_the_loop(program):
+    """How many kernels the longest computation launches, besides `main`: the body of the loop."""
+    bodies = re.findall(r"\n(%[^\n]*\) -> [^\n]*\{\n.*?)\n\}", program.as_text(), re.DOTALL)
+    unfused = [body.splitlines()[1:] for body in bodies if not body.startswith("%fused")]
+    return max(sum(not _FREE.search(line) for line in lines) for lines in unfused)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_decode_attention(spec, dtype):
+    run = functools.partial(decode_attention, **spec.options)
+    program = compiled(run, *spec.shapes(dtype), kind=GPU)
+    assert "triton_kernel_call" in program.as_text()
+    # No copy of a layer: what XLA makes on the way is smaller than the layer's keys.
+    temporary = program.memory_analysis().temp_size_in_bytes
+    assert spec.slots < 128 or temporary < spec.read_bytes(dtype) / 2
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", SCORES, ids=lambda spec: spec.name)
+def test_window_scores(spec, dtype):
+    """Their largest array is what is given, or the scores: no weights, no projections.
+
+    Beside it, what does not grow with the keys: the queries and factors in parts of few bits.
+    """
+    run = functools.partial(window_scores, form=spec.form)
+    program = compiled(run, *spec.shapes(dtype), kind=GPU)
+    assert "triton_kernel_call" in program.as_text()
+    assert program.memory_analysis().temp_size_in_bytes < 20e6
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", EVICTIONS, ids=lambda spec: spec.name)
+def test_masked_eviction(spec, dtype):
+    run = functools.partial(masked_eviction, **spec.options)
+    program = compiled(run, *spec.shapes(dtype), kind=GPU)
+    assert "triton_kernel_call" in program.as_text()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        LayerSpec(num_heads=32, num_kv_heads=8, head_dim=128, scale=0.088),
+        LayerSpec(num_heads=8, num_kv_heads=2, head_dim=128, scale=0.088, window=4096),
+        LayerSpec(num_heads=9, num_kv_heads=3, head_dim=64, scale=0.125),
+    ],
+    ids=str,
+)
+def test_attention_of_a_prompt_by_cudnn(spec):
+    pytest.importorskip("nvidia.cudnn")
+
+    def shape(heads):
+        return jax.ShapeDtypeStruct((1, heads, 8192, spec.head_dim), jnp.bfloat16)
+
+    run = functools.partial(causal_attention, spec=spec, rows=32)
+    args = shape(spec.num_heads), *[shape(spec.num_kv_heads)] * 2
+    program = compiled(run, *args, jax.ShapeDtypeStruct((1,), jnp.int32), kind=GPU)
+    assert "__cudnn$fmhaSoftmax" in program.as_text()
+
+
+@pytest.mark.parametrize("storage", ["model", "int8"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("scanned", [False, True])
+def test_the_decode_loop_copies_no_cache(scanned, batch, storage):
+    """Not even positions, of which XLA would keep a version for each layer."""
+    model = tiny.make(layers=4, heads=4, kv_heads=2, size=128, width=256)
+    if scanned:
+        model = tiny.ScannedModel(model.params, model.layer_specs)
+    model = tiny.cast(model, jnp.bfloat16)
+    program, stack = decode_loop(model, batch=batch, columns=1024, kind=GPU, storage=storage)
+    # To write an entry, to attend to parts of the slots, and to put these together.
+    assert program.as_text().count('"triton_kernel_call"') == (3 if scanned else 12)
+    assert copies_of(program, stack, positions=True) == []
+
+
+@pytest.mark.parametrize(("batch", "most"), [(1, 19), (16, 17)])
+def test_kernels_of_a_decode_step(batch, most):
+    """Launching them takes about as long as reading the cache does: as few a layer as there are.
+
+    Nor does any of them write products of activations and weights that are not summed up.
+    """
+    programs = [
+        decode_loop(model_of_8b(layers), batch=batch, columns=1168, kind=GPU)[0]
+        for layers in (2, 3)
+    ]
+    two, three = map(kernels_of_the_loop, programs)
+    assert three - two <= most
+    assert programs[0].memory_analysis().temp_size_in_bytes < 4096 * 1024 * 2
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_memory_of_a_prefill_of_128k(layers):
+    """Of the shape of Llama-3.1-8B: arrays [T, D], with another layer less than 2 % of one more."""
+    program, array = prefill_of_128k(layers, GPU)
+    assert program.memory_analysis().temp_size_in_bytes < (4.57 + 0.02 * layers) * array
+
+
+def test_a_loop_holds_no_floats_of_int8_weights():
+    """Each step reads the int8 weights; products convert them on the way."""
+    layers, width = 4, 4096
+
+    def steps(x, weights):
+        def step(x, _):
+            for w in weights:
+                x = jnp.tanh(matmul(x, w))
+            return x, None
+
+        return jax.lax.scan(step, x, length=8)[0]
+
+    shape = jax.ShapeDtypeStruct
+    w = QuantArray(values=shape((width, width), jnp.int8), scale=shape((width,), jnp.float32))
+    program = compiled(steps, shape((1, width), jnp.bfloat16), [w] * layers, kind=GPU)
+    assert program.memory_analysis().temp_size_in_bytes < width * width / 4
