@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from experiments.efficiency.subject import RANDOM
 from models import Llama, ModelConfig
+from models.matmul import matmul
+from pallas_kernels.quantized import QuantArray
 from restkv_jax.cache import init_cache
 from restkv_jax.decode import (
     CachePlan,
@@ -66,3 +68,19 @@ def prefill_of_128k(layers, kind):
     plan = CachePlan(policy=RestKV(), budget=1024, headroom=144)
     run = functools.partial(prefill, plans=(plan,))
     return compiled(run, model, tokens, valid, kind=kind), columns * 4096 * 2
+
+
+def loop_over_int8_weights(layers, width, kind):
+    """Steps of one token through matrices of int8, which have `width`² numbers each."""
+
+    def steps(x, weights):
+        def step(x, _):
+            for w in weights:
+                x = jnp.tanh(matmul(x, w))
+            return x, None
+
+        return jax.lax.scan(step, x, length=8)[0]
+
+    shape = jax.ShapeDtypeStruct
+    w = QuantArray(values=shape((width, width), jnp.int8), scale=shape((width,), jnp.float32))
+    return compiled(steps, shape((1, width), jnp.bfloat16), [w] * layers, kind=kind)

@@ -13,18 +13,22 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from models.matmul import matmul
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.specs import SPECS
 from pallas_kernels.masked_eviction import masked_eviction
 from pallas_kernels.masked_eviction.specs import SPECS as EVICTIONS
-from pallas_kernels.quantized import QuantArray
 from pallas_kernels.window_scores import window_scores
 from pallas_kernels.window_scores.specs import SPECS as SCORES
 from restkv_jax.decode import LayerSpec
 from restkv_jax.prompt_attention import causal_attention
 from tests.pallas_kernels.lowering import GPU, compiled, needs_cuda_plugin
-from tests.pallas_kernels.programs import copies_of, decode_loop, model_of_8b, prefill_of_128k
+from tests.pallas_kernels.programs import (
+    copies_of,
+    decode_loop,
+    loop_over_int8_weights,
+    model_of_8b,
+    prefill_of_128k,
+)
 from tests.restkv_jax import tiny
 
 pytestmark = [pytest.mark.gpu_aot, needs_cuda_plugin]
@@ -132,17 +136,6 @@ def test_memory_of_a_prefill_of_128k(layers):
 
 def test_a_loop_holds_no_floats_of_int8_weights():
     """Each step reads the int8 weights; products convert them on the way."""
-    layers, width = 4, 4096
-
-    def steps(x, weights):
-        def step(x, _):
-            for w in weights:
-                x = jnp.tanh(matmul(x, w))
-            return x, None
-
-        return jax.lax.scan(step, x, length=8)[0]
-
-    shape = jax.ShapeDtypeStruct
-    w = QuantArray(values=shape((width, width), jnp.int8), scale=shape((width,), jnp.float32))
-    program = compiled(steps, shape((1, width), jnp.bfloat16), [w] * layers, kind=GPU)
+    width = 4096
+    program = loop_over_int8_weights(4, width, GPU)
     assert program.memory_analysis().temp_size_in_bytes < width * width / 4

@@ -11,12 +11,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models.matmul import matmul
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.specs import SPECS
 from pallas_kernels.masked_eviction import masked_eviction
 from pallas_kernels.masked_eviction.specs import SPECS as EVICTIONS
-from pallas_kernels.quantized import QuantArray
 from pallas_kernels.window_scores import window_scores
 from pallas_kernels.window_scores.specs import SPECS as SCORES
 from restkv_jax.compression import compress
@@ -26,7 +24,13 @@ from restkv_jax.policies import RestKV, SnapKV
 from restkv_jax.prompt_attention import causal_attention
 from restkv_jax.sharding import ShardedLM
 from tests.pallas_kernels.lowering import TOPOLOGIES, compiled, devices, needs_libtpu
-from tests.pallas_kernels.programs import copies_of, decode_loop, model_of_8b, prefill_of_128k
+from tests.pallas_kernels.programs import (
+    copies_of,
+    decode_loop,
+    loop_over_int8_weights,
+    model_of_8b,
+    prefill_of_128k,
+)
 from tests.restkv_jax import tiny
 
 pytestmark = [pytest.mark.tpu_aot, needs_libtpu]
@@ -69,20 +73,8 @@ def test_the_decode_loop_copies_no_weights(batch):
 
 def test_a_loop_holds_no_floats_of_int8_weights():
     """Each step reads the int8 weights; products convert them on the way."""
-    layers, width = 4, 2048
-
-    def steps(x, weights):
-        def step(x, _):
-            for w in weights:
-                x = jnp.tanh(matmul(x, w))
-            return x, None
-
-        return jax.lax.scan(step, x, length=8)[0]
-
-    shape = jax.ShapeDtypeStruct
-    w = QuantArray(values=shape((width, width), jnp.int8), scale=shape((width,), jnp.float32))
-    x = shape((1, width), jnp.bfloat16)
-    program = compiled(steps, x, [w] * layers, kind="TPU v5e")
+    width = 2048
+    program = loop_over_int8_weights(4, width, "TPU v5e")
     assert program.memory_analysis().temp_size_in_bytes < width * width / 4
 
 
