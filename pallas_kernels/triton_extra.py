@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -57,14 +58,23 @@ def triton_call(
         outputs: shapes and types of what it writes.
         name: in profiles.
         zeroed: which of the outputs hold zeros when it starts.
-        aliases: which inputs are written over, and the outputs that this makes of them. The kernel
-            has pointers for both.
+        aliases: which inputs are written to, and the outputs that this makes of them. The kernel
+            uses their pointers; it has parameters for these outputs, which it must not use.
         compute_capability: that it is compiled for. None asks the GPU; a program that is lowered
             on a host without one is for 90, which H100 and H200 have.
         options: grid, num_warps, num_stages and the static arguments by name.
     """
     import jax_triton as jt
 
+    by_version: dict[str, Any] = {"out_shape": tuple(outputs)}
+    if "out_type" in inspect.signature(jt.triton_call).parameters:  # jax-triton 0.4
+        # Fused multiplications and additions are what earlier versions have by themselves.
+        by_version = {
+            "out_type": tuple(outputs),
+            "backend_options": {"enable_fp_fusion": True},
+            # It passes what is written to once.
+            **aliased_outputs(kernel, inputs, aliases),
+        }
     if compute_capability is None and jax.default_backend() != "gpu":
         compute_capability = _WITHOUT_GPU
 
@@ -72,7 +82,7 @@ def triton_call(
         found = jt.triton_call(
             *arrays,
             kernel=kernel,
-            out_shape=tuple(outputs),
+            **by_version,
             name=name,
             zeroed_outputs=tuple(zeroed),
             input_output_aliases=dict(aliases or {}),
@@ -83,3 +93,10 @@ def triton_call(
 
     # The custom call has no rule of its own for `vmap`.
     return tuple(jax.custom_batching.sequential_vmap(call)(*inputs))
+
+
+def aliased_outputs(
+    kernel: Any, inputs: Sequence[Array], aliases: Mapping[int, int] | None
+) -> dict[str, None]:
+    """None for each of a kernel's parameters that is an output written to as an input."""
+    return {kernel.arg_names[len(inputs) + i]: None for i in (aliases or {}).values()}

@@ -20,6 +20,7 @@ from pallas_kernels.triton_extra import triton_call
 
 # Arrays of one number an entry that a launch takes: positions, and the scales of int8.
 _NARROW = 3
+_OUTPUTS = ("_first_ptr", "_second_ptr", "_third_ptr", "_fourth_ptr", "_fifth_ptr")
 
 
 def write_slots_triton(
@@ -57,13 +58,10 @@ def _write(
     missing = 2 + _NARROW - len(stacks)
     unused = (slots,) * missing  # not read
     sizes = [x.shape[3] for x in stacks[:2]]
-    written = call(
+    return call(
         write_kernel,
         (slots, *entries, *unused, *stacks, *unused),
-        (
-            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stacks),
-            *(jax.ShapeDtypeStruct((1,), slots.dtype) for _ in unused),
-        ),
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stacks],
         name="write_slots",
         aliases={3 + _NARROW + i: i for i in range(len(stacks))},
         grid=(batch * heads,),
@@ -76,8 +74,8 @@ def _write(
         FIRST=triton.next_power_of_2(sizes[0]),
         SECOND=triton.next_power_of_2(sizes[1]),
         narrow=len(stacks) - 2,
+        **dict.fromkeys(_OUTPUTS[len(stacks) :]),
     )
-    return tuple(written[: len(stacks)])
 
 
 @triton.jit
@@ -91,24 +89,24 @@ def put(entry_ptr, stack_ptr, head, at, size: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def write_kernel(  # type: ignore[no-untyped-def]
-    # Inputs: slots, entries, then the arrays, which are the outputs.
+    # Inputs.
     slots_ptr,  # [B] int32, T for entries to leave out
-    first_ptr,  # [B * J, H]
+    first_new_ptr,  # [B * J, H]
+    second_new_ptr,
+    third_new_ptr,  # [B * J]
+    fourth_new_ptr,
+    fifth_new_ptr,
+    first_ptr,  # [B * J, T, H], written to
     second_ptr,
-    third_ptr,  # [B * J]
+    third_ptr,  # [B * J, T]
     fourth_ptr,
     fifth_ptr,
+    # Outputs: the same arrays, or None.
     _first_ptr,
     _second_ptr,
     _third_ptr,
     _fourth_ptr,
     _fifth_ptr,
-    # Outputs.
-    to_first_ptr,  # [B * J, T, H]
-    to_second_ptr,
-    to_third_ptr,  # [B * J, T]
-    to_fourth_ptr,
-    to_fifth_ptr,
     # Static; capitals are powers of two.
     heads: tl.constexpr,
     total: tl.constexpr,
@@ -123,11 +121,11 @@ def write_kernel(  # type: ignore[no-untyped-def]
     slot = tl.load(slots_ptr + head // heads)
     if slot < total:
         at = head * total + slot
-        put(first_ptr, to_first_ptr, head, at, first_size, FIRST)
-        put(second_ptr, to_second_ptr, head, at, second_size, SECOND)
+        put(first_new_ptr, first_ptr, head, at, first_size, FIRST)
+        put(second_new_ptr, second_ptr, head, at, second_size, SECOND)
         if narrow > 0:
-            tl.store(to_third_ptr + at, tl.load(third_ptr + head))
+            tl.store(third_ptr + at, tl.load(third_new_ptr + head))
         if narrow > 1:
-            tl.store(to_fourth_ptr + at, tl.load(fourth_ptr + head))
+            tl.store(fourth_ptr + at, tl.load(fourth_new_ptr + head))
         if narrow > 2:
-            tl.store(to_fifth_ptr + at, tl.load(fifth_ptr + head))
+            tl.store(fifth_ptr + at, tl.load(fifth_new_ptr + head))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -44,11 +45,14 @@ gpu_device_info {{
 """
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="compiling for TPU needs libtpu"
+    importlib.util.find_spec("libtpu") is None, reason="compiling for TPU needs the extra tpu-aot"
 )
 needs_cuda_plugin = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("jax_cuda13_plugin", "jax_triton")),
-    reason="compiling for GPU needs jax[cuda13-local] and jax-triton",
+    any(
+        importlib.util.find_spec(name) is None
+        for name in ("jax_cuda13_plugin", "jax_triton", "nvidia")
+    ),
+    reason="compiling for GPU needs the extra gpu-aot",
 )
 
 
@@ -83,6 +87,9 @@ def devices(kind: str) -> list[Any]:
     from jax.experimental import topologies
 
     if kind == GPU:
+        # The assembler that comes with the extra, before that of another CUDA on this host.
+        (cuda,) = importlib.import_module("nvidia.cu13").__path__
+        os.environ["PATH"] = os.pathsep.join([f"{cuda}/bin", os.environ["PATH"]])
         return topologies.get_topology_desc(
             platform="cuda", target_config=_GPU_CONFIG, topology="1x1x1"
         ).devices

@@ -20,6 +20,7 @@ import numpy as np
 
 from pallas_kernels.decode_attention.tiling import Tiling
 from pallas_kernels.masked_eviction.specs import SPECS as EVICTIONS
+from pallas_kernels.triton_extra import aliased_outputs
 from pallas_kernels.window_scores.specs import SPECS as SCORES
 from tests.pallas_kernels.cases import CASES, expected, poisoned
 
@@ -76,9 +77,11 @@ def interpreted(kernel, inputs, outputs, *, name, grid, zeroed=(), aliases=None,
             for i, x in enumerate(outputs)
         ]
         tensors = [FakeTensor(np.array(x)) for x in arrays]
+        by_name = aliased_outputs(kernel, arrays, aliases)
         for i, output in (aliases or {}).items():
             fresh[output] = tensors[i].array
-        kernel[grid](*tensors, *map(FakeTensor, fresh), **options)
+        given = [FakeTensor(x) for i, x in enumerate(fresh) if i not in (aliases or {}).values()]
+        kernel[grid](*tensors, *given, **by_name, **options)
         return tuple(fresh)
 
     return jax.pure_callback(launch, tuple(outputs), *inputs)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.triton_extra import aliased_outputs
+
 _TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "i8", "int32": "i32"}
 
 
@@ -41,6 +43,9 @@ def machine_code(run, *inputs, folder, monkeypatch, capability=90) -> list[Compi
             key: f"*{_TYPES[x.dtype.name]}"
             for key, x in zip(kernel.arg_names, (*arrays, *outputs), strict=False)
         }
+        static |= aliased_outputs(kernel, arrays, aliases)
+        for name_of_output in aliased_outputs(kernel, arrays, aliases):
+            del pointers[name_of_output]
         source = ASTSource(
             fn=kernel,
             signature=pointers | dict.fromkeys(static, "constexpr"),
