@@ -209,16 +209,10 @@ class LayerStack:
             owners = jnp.broadcast_to(each, marked.shape)
         if carried is not None:
             carried = jnp.full((*slot.shape, carried.shape[1]), -1.0)
-        whole, entries = (
-            self._slots(),
-            LayerSlots(_stored(k, self.k), _stored(v, self.v), marked, owners, carried),
-        )
-        stacks, structure = jax.tree.flatten(whole)
+        entries = LayerSlots(_stored(k, self.k), _stored(v, self.v), marked, owners, carried)
+        stacks, structure = jax.tree.flatten(self._slots())
         written = write_slots(tuple(stacks), tuple(jax.tree.leaves(entries)), slot)
-        return dataclasses.replace(
-            self,
-            **jax.tree.unflatten(structure, written)._asdict(),
-        )
+        return dataclasses.replace(self, **jax.tree.unflatten(structure, written)._asdict())
 
     def advance(self, count: Int[Array, " B"]) -> LayerStack:
         """Moves all cursors behind so many tokens of each row; to move one copies the others."""
