@@ -38,8 +38,8 @@ def decode_attention(
     unnormalised weights are rounded to the type of `q`, as in the reference. Its derivatives are
     the reference's; no kernel has one of its own.
 
-    Writing the new token's keys and values is left to the caller: it is one row for S rows read,
-    XLA does it in place, and every other user of the cache needs them written just so.
+    Writing the new token's keys and values is left to `write_slots`: it is one row for S rows read,
+    in place, and every other user of the cache needs them written just so.
 
     Args:
         q: the new token's queries; query head n reads head n // (N / J) of the cache.

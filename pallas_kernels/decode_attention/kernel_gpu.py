@@ -2,7 +2,7 @@
 
 Importing this file needs Triton. Each program takes one cache head and one part of its slots
 with all query heads that share it, and leaves a numerator, a peak and a total; a second launch
-puts the parts together, which takes XLA two or three.
+puts the parts together, which takes XLA two for a single row.
 """
 
 from __future__ import annotations

@@ -44,14 +44,19 @@ gpu_device_info {{
 }}
 """
 
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # nor the package around it
+        return False
+
+
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="compiling for TPU needs the extra tpu-aot"
+    not _installed("libtpu"), reason="compiling for TPU needs the extra tpu-aot"
 )
 needs_cuda_plugin = pytest.mark.skipif(
-    any(
-        importlib.util.find_spec(name) is None
-        for name in ("jax_cuda13_plugin", "jax_triton", "nvidia")
-    ),
+    not all(map(_installed, ("jax_cuda13_plugin", "jax_triton", "nvidia.cu13"))),
     reason="compiling for GPU needs the extra gpu-aot",
 )
 

@@ -7,7 +7,6 @@ kernels are compiled before, by Triton.
 from __future__ import annotations
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from tests.pallas_kernels.lowering import GPU, compiled, needs_cuda_plugin
 from tests.pallas_kernels.programs import (
     copies_of,
     decode_loop,
+    kernels_of_the_loop,
     loop_over_int8_weights,
     model_of_8b,
     prefill_of_128k,
@@ -32,16 +32,6 @@ from tests.pallas_kernels.programs import (
 from tests.restkv_jax import tiny
 
 pytestmark = [pytest.mark.gpu_aot, needs_cuda_plugin]
-
-# Instructions that become no kernel.
-_FREE = re.compile(r" (get-tuple-element|parameter|bitcast|constant|tuple|after-all)\(")
-
-
-def kernels_of_the_loop(program):
-    """How many kernels the longest computation launches, besides `main`: the body of the loop."""
-    bodies = re.findall(r"\n(%[^\n]*\) -> [^\n]*\{\n.*?)\n\}", program.as_text(), re.DOTALL)
-    unfused = [body.splitlines()[1:] for body in bodies if not body.startswith("%fused")]
-    return max(sum(not _FREE.search(line) for line in lines) for lines in unfused)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
@@ -110,7 +100,7 @@ def test_the_decode_loop_copies_no_cache(scanned, batch, storage):
     # To write an entry, to attend to parts of the slots, and to put these together.
     launches = program.as_text().count('custom_call_target="triton_kernel_call')
     assert launches == (3 if scanned else 12)
-    assert copies_of(program, stack, positions=True) == []
+    assert copies_of(program, stack) == []
 
 
 @pytest.mark.parametrize(("batch", "most"), [(1, 19), (16, 17)])
@@ -135,8 +125,9 @@ def test_memory_of_a_prefill_of_128k(layers):
     assert program.memory_analysis().temp_size_in_bytes < (4.57 + 0.02 * layers) * array
 
 
-def test_a_loop_holds_no_floats_of_int8_weights():
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_loop_holds_no_copy_of_int8_weights(rows):
     """Each step reads the int8 weights; products convert them on the way."""
     width = 4096
-    program = loop_over_int8_weights(4, width, GPU)
+    program = loop_over_int8_weights(4, width, GPU, rows=rows)
     assert program.memory_analysis().temp_size_in_bytes < width * width / 4

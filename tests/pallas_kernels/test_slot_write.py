@@ -23,6 +23,7 @@ from tests.pallas_kernels.lowering import (
     needs_libtpu,
 )
 from tests.pallas_kernels.triton_interpreter import errors_of
+from tests.pallas_kernels.triton_machine import machine_code
 
 REASON = without_triton("slot_write")
 needs_triton = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -122,6 +123,19 @@ def test_one_launch_on_gpu(dtype):
     assert text.count("triton_kernel_call") == 1
     assert text.count('"stablehlo.scatter"(') == 1  # what belongs to the query heads
     assert '"stablehlo.scatter"(' not in lowered(write_slots, *floats(*args), kind=GPU)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8], ids=str)
+def test_machine_code(dtype, tmp_path, monkeypatch):
+    from pallas_kernels.slot_write.kernel_gpu import write_slots_triton
+
+    args = example(dtype)
+    if dtype != jnp.int8:
+        args = floats(*args)
+    (kernel,) = machine_code(write_slots_triton, *args, folder=tmp_path, monkeypatch=monkeypatch)
+    assert kernel.code
+    assert kernel.shared == 0
 
 
 @pytest.mark.tpu_aot

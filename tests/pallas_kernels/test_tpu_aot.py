@@ -60,7 +60,7 @@ def test_the_decode_loop_copies_no_cache(scanned, storage):
     model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
     program, stack = decode_loop(model, batch=2, columns=1024, kind="TPU v5e", storage=storage)
     assert program.as_text().count("tpu_custom_call") == (2 if scanned else 8)
-    assert copies_of(program, stack, positions=True) == []
+    assert copies_of(program, stack) == []
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -68,7 +68,7 @@ def test_the_decode_loop_copies_no_weights(batch):
     """XLA would turn the matrices of queries, keys and values around, once for each chunk."""
     program, stack = decode_loop(model_of_8b(2), batch=batch, columns=1168, kind="TPU v6e")
     assert program.memory_analysis().temp_size_in_bytes < 4096 * 1024 * 2
-    assert copies_of(program, stack, positions=True) == []
+    assert copies_of(program, stack) == []
 
 
 def test_a_loop_holds_no_floats_of_int8_weights():

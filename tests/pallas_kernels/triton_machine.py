@@ -43,9 +43,9 @@ def machine_code(run, *inputs, folder, monkeypatch, capability=90) -> list[Compi
             key: f"*{_TYPES[x.dtype.name]}"
             for key, x in zip(kernel.arg_names, (*arrays, *outputs), strict=False)
         }
-        static |= aliased_outputs(kernel, arrays, aliases)
-        for name_of_output in aliased_outputs(kernel, arrays, aliases):
-            del pointers[name_of_output]
+        written = aliased_outputs(kernel, arrays, aliases)
+        pointers = {key: kind for key, kind in pointers.items() if key not in written}
+        static |= written
         source = ASTSource(
             fn=kernel,
             signature=pointers | dict.fromkeys(static, "constexpr"),
