@@ -45,7 +45,7 @@ def matmul(
 
     def of_two_rows(x: Array, w: Array) -> Array:
         rows = _two_or_more(x.reshape(-1, x.shape[-1]))
-        sums = jnp.promote_types(dtype, jnp.float32)
+        sums = dtype if dtype.itemsize > 4 else jnp.float32
         y = jax.lax.dot_general(rows, w, axes, preferred_element_type=sums)
         return y[: x.size // x.shape[-1]].reshape(*x.shape[:-1], y.shape[-1]).astype(dtype)
 

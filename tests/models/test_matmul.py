@@ -24,11 +24,12 @@ def example(rows, dtype, transposed=False):
 def test_sums_in_float32(rows, dtype, transposed):
     x, w, exact = example(rows, dtype, transposed)
     run = jax.jit(matmul, static_argnames=("dtype", "transposed"))
-    wide = run(x, w, dtype=jnp.float32, transposed=transposed)
+    with jax.numpy_dtype_promotion("strict"):
+        wide = run(x, w, dtype=jnp.float32, transposed=transposed)
+        rounded = run(x, w, transposed=transposed)
     assert wide.shape == exact.shape
     # Products of bfloat16 are exact in float32: only the order of 96 additions differs.
     np.testing.assert_allclose(wide, exact, atol=2e-5)
-    rounded = run(x, w, transposed=transposed)
     assert rounded.dtype == dtype
     np.testing.assert_array_equal(rounded, wide.astype(dtype))
 
