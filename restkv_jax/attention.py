@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import decode_attention, visible
 from restkv_jax.online_softmax import block_at, online_softmax, whole_blocks
 from restkv_jax.prompt_attention import BLOCK
 from restkv_jax.protocols import LayerSpec
-from restkv_jax.slots import LayerSlots, visible
+from restkv_jax.slots import LayerSlots
 
 
 def slot_attention(
@@ -32,12 +32,14 @@ def slot_attention(
     """
     block, key_block = min(BLOCK, q.shape[2]), min(BLOCK, layer.positions.shape[2])
     tokens = jnp.pad(positions, ((0, 0), (0, -q.shape[2] % block)), constant_values=-1)
-    marks = layer.positions, layer.owners
+    marks, lists = (layer.positions, layer.owners), layer.positions.shape[1]
+    sets, group = heads // lists, spec.num_heads // lists
     marks = jax.tree.map(lambda x: whole_blocks(x, key_block, fill=-1), marks)
 
     def seen(i: Array, j: Array) -> Bool[Array, "B M Q C"]:
         places, owners = jax.tree.map(lambda x: block_at(x, j, key_block, axis=2), marks)
-        return visible(places, owners, block_at(tokens, i, block, axis=1), spec, heads)
+        queries = block_at(tokens, i, block, axis=1)
+        return visible(places, queries, owners, window=spec.window, sets=sets, group=group)
 
     filled = jnp.any(layer.positions >= 0, axis=(0, 1))
     last = jnp.max(jnp.where(filled, jnp.arange(filled.size) // key_block + 1, 0))
@@ -67,9 +69,18 @@ def slot_weights(
 
     def add(total: Array, args: tuple[Array, Array]) -> tuple[Array, None]:
         query, position = args  # [B, N, H], [B]
-        seen = layer.visible(position[:, None], spec, heads)[:, :, 0]
-        _, weights = decode_attention(
-            query, layer.k, layer.v, seen, scale=spec.scale, softcap=spec.softcap, weights=True
+        _, weights, _ = decode_attention(
+            query,
+            layer.k,
+            layer.v,
+            layer.positions,
+            position,
+            layer.owners,
+            scale=spec.scale,
+            softcap=spec.softcap,
+            window=spec.window,
+            sets=heads // layer.positions.shape[1],
+            weights=True,
         )
         assert weights is not None
         return total + weights, None

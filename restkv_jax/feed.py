@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.quantized import QuantArray, quantize
 from restkv_jax.attention import slot_attention, slot_weights
 from restkv_jax.cache import KVCache
@@ -30,9 +29,9 @@ def feed(
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Runs tokens that follow what the cache holds.
 
-    Each layer writes its new keys and values first and attends to the slots afterwards. In this
-    order every read of the cache hangs on the last write, and XLA updates a cache that is donated
-    or carried through a loop in place.
+    Each layer writes its new keys and values first and attends to the slots afterwards; kernels do
+    both in one pass. In this order every read of the cache hangs on the last write, and XLA updates
+    a cache that is donated or carried through a loop in place.
 
     Args:
         model: see `CausalLM`.
@@ -93,6 +92,8 @@ def feed(
         if stack.ring and q.shape[1] > 1:
             out = _attend_to_ring(q, k, v, stack, row, positions, spec)
             stack = stack.append(row, k, v, positions)
+        elif q.shape[1] == 1:
+            out, stack = stack.attend(row, q, k, v, positions, spec)
         else:
             stack = stack.append(row, k, v, positions)
             out, stack = _attend(q, stack, row, positions, spec)
@@ -139,33 +140,13 @@ def _attend(
     positions: Int[Array, "B T"],
     spec: LayerSpec,
 ) -> tuple[Float[Array, "B T N H"], LayerStack]:
-    """Attention over a layer's slots; adds up what they receive if the stack keeps account."""
-    layer = stack.layer(row)
-    received = None
-    if q.shape[1] == 1:
-        seen = layer.visible(positions, spec, stack.heads)[:, :, 0]
-        # The whole stack: what is cut out of it is copied for a kernel.
-        out, received = decode_attention(
-            q[:, 0],
-            stack.k,
-            stack.v,
-            seen,
-            start=stack.start(row),
-            start_multiple=stack.start_multiple(row),
-            scale=spec.scale,
-            softcap=spec.softcap,
-            weights=stack.accumulates,
-        )
-        out = out[:, None]
-    else:
-        by_head = jnp.swapaxes(q, 1, 2)
-        out = slot_attention(by_head, layer, positions, spec=spec, heads=stack.heads)
-        out = jnp.swapaxes(out, 1, 2)
-        if stack.accumulates:
-            received = slot_weights(by_head, layer, positions, spec=spec, heads=stack.heads)
-    if received is not None:
+    """Attention of several tokens over a layer's slots; adds up what they receive, if asked to."""
+    layer, by_head = stack.layer(row), jnp.swapaxes(q, 1, 2)
+    out = slot_attention(by_head, layer, positions, spec=spec, heads=stack.heads)
+    if stack.accumulates:
+        received = slot_weights(by_head, layer, positions, spec=spec, heads=stack.heads)
         stack = stack.receive(row, received)
-    return out, stack
+    return jnp.swapaxes(out, 1, 2), stack
 
 
 def _attend_to_ring(

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.bits import move
+from pallas_kernels.decode_attention import NewEntry, decode_attention
 from pallas_kernels.quantized import QuantArray, quantize
 from pallas_kernels.slot_write import write_slots
 from restkv_jax.compression import CompressedLayer
@@ -24,41 +25,6 @@ class LayerSlots(NamedTuple):
     positions: Int[Array, "B J S"]
     owners: Int[Array, "B J S"] | None
     carried: Float[Array, "B N S"] | None
-
-    def visible(
-        self, query: Int[Array, "B T"], spec: LayerSpec, heads: int
-    ) -> Bool[Array, "B M T S"]:
-        """True for the slots that a query may look at.
-
-        Args:
-            query: positions of the queries, negative for padding.
-            spec: of the layer.
-            heads: J, sets of entries that the layer keeps, see `LayerStack.heads`.
-
-        Returns:
-            By cache head (M = J), or by query head if the entries have owners (M = N).
-        """
-        return visible(self.positions, self.owners, query, spec, heads)
-
-
-def visible(
-    positions: Int[Array, "B J S"],
-    owners: Int[Array, "B J S"] | None,
-    query: Int[Array, "B T"],
-    spec: LayerSpec,
-    heads: int,
-) -> Bool[Array, "B M T S"]:
-    """`LayerSlots.visible` of some of a layer's slots."""
-    distance = query[:, None, :, None] - positions[:, :, None]
-    seen = (positions[:, :, None] >= 0) & (distance >= 0)
-    if spec.window is not None:
-        seen &= distance < spec.window
-    if owners is None:
-        return seen
-    per_list = heads // owners.shape[1]
-    set_of = jnp.arange(spec.num_heads) // (spec.num_heads // heads) % per_list
-    own = owners[:, :, None] == set_of.reshape(owners.shape[1], -1, 1)  # [B, J, N / J, S]
-    return (seen[:, :, None] & own[:, :, :, None]).reshape(-1, spec.num_heads, *seen.shape[2:])
 
 
 @jax.tree_util.register_dataclass
@@ -181,38 +147,94 @@ class LayerStack:
             positions: of the tokens, ascending; negative ones are left out. What finds no slot
                 is lost, in a ring all but the last of them.
         """
-        size, total = self.size(row), self.positions.shape[2]
         batch, tokens = positions.shape
-        new = positions >= 0
-        count = jnp.sum(new, axis=1, dtype=jnp.int32)
-        rank = jnp.cumsum(new, axis=1, dtype=jnp.int32) - 1
         lists, per_token = self.positions.shape[1], self.heads_per_list
-        slot = self.used[row][:, None] + rank * per_token
-        if self.ring:
-            new &= rank >= count[:, None] - size
-            slot %= size
-        marked = positions
+        slot, marked, owners = self._places(row, positions), positions, None
         if self.owners is not None:
-            slot = (slot[..., None] + jnp.arange(per_token)).reshape(batch, -1)
-            new, marked = (jnp.repeat(x, per_token, axis=1) for x in (new, positions))
+            marked = jnp.repeat(positions, per_token, axis=1)
             k, v = (
                 x.reshape(batch, tokens, lists, per_token, -1)
                 .swapaxes(2, 3)
                 .reshape(batch, tokens * per_token, lists, -1)
                 for x in (k, v)
             )
-        slot = jnp.where(new & (slot < size), self.start(row) + slot, total)  # else: dropped
-        marked = jnp.broadcast_to(marked[..., None], (*marked.shape, lists))
-        owners, carried = self.owners, self.carried
-        if owners is not None:
             each = jnp.tile(jnp.arange(per_token), tokens)[:, None]
-            owners = jnp.broadcast_to(each, marked.shape)
-        if carried is not None:
-            carried = jnp.full((*slot.shape, carried.shape[1]), -1.0)
-        entries = LayerSlots(_stored(k, self.k), _stored(v, self.v), marked, owners, carried)
+            owners = jnp.broadcast_to(each, (*slot.shape, lists))
+        marked = jnp.broadcast_to(marked[..., None], (*slot.shape, lists))
+        entries = LayerSlots(
+            _stored(k, self.k), _stored(v, self.v), marked, owners, self._not_carried(slot)
+        )
         stacks, structure = jax.tree.flatten(self._slots())
         written = write_slots(tuple(stacks), tuple(jax.tree.leaves(entries)), slot)
         return dataclasses.replace(self, **jax.tree.unflatten(structure, written)._asdict())
+
+    def attend(
+        self,
+        row: int | Array,
+        q: Float[Array, "B 1 N H"],
+        k: Float[Array, "B 1 J H"],
+        v: Float[Array, "B 1 J H"],
+        positions: Int[Array, "B 1"],
+        spec: LayerSpec,
+    ) -> tuple[Float[Array, "B 1 N H"], LayerStack]:
+        """Writes one token of one layer at its cursor, as `append`, and attends to the layer.
+
+        Adds up what the entries receive, if the stack keeps account of it.
+        """
+        stack, new = self, None
+        if self.owners is not None:
+            stack = self.append(row, k, v, positions)  # an entry for each of a list's heads
+        else:
+            slot = self._places(row, positions)
+            key, value = _stored(k[:, 0], self.k), _stored(v[:, 0], self.v)
+            new = NewEntry(k=key, v=value, slot=slot[:, 0])
+            fresh = self._not_carried(slot)
+            if self.carried is not None and fresh is not None:
+                (carried,) = write_slots((self.carried,), (fresh,), slot)
+                stack = dataclasses.replace(self, carried=carried)
+        out, weights, written = decode_attention(
+            q[:, 0],
+            stack.k,
+            stack.v,
+            stack.positions,
+            positions[:, 0],
+            stack.owners,
+            new,
+            scale=spec.scale,
+            softcap=spec.softcap,
+            window=spec.window,
+            sets=self.heads_per_list,
+            # The whole stack: what is cut out of it is copied for a kernel.
+            start=self.start(row),
+            start_multiple=self.start_multiple(row),
+            slots=self.size(row),
+            weights=self.accumulates,
+        )
+        if written is not None:
+            stack = dataclasses.replace(stack, **written._asdict())
+        if weights is not None:
+            stack = stack.receive(row, weights)
+        return out[:, None], stack
+
+    def _places(self, row: int | Array, positions: Int[Array, "B T"]) -> Int[Array, "B C"]:
+        """Where new entries of a layer go among all slots; their number for those to leave out."""
+        size, per_token = self.size(row), self.heads_per_list
+        new = positions >= 0
+        rank = jnp.cumsum(new, axis=1, dtype=jnp.int32) - 1
+        slot = self.used[row][:, None] + rank * per_token
+        if self.ring:
+            new &= rank > rank[:, -1:] - size
+            slot %= size
+        if self.owners is not None:
+            slot = (slot[..., None] + jnp.arange(per_token)).reshape(slot.shape[0], -1)
+            new = jnp.repeat(new, per_token, axis=1)
+        return jnp.where(new & (slot < size), self.start(row) + slot, self.positions.shape[2])
+
+    def _not_carried(self, slot: Int[Array, "B C"]) -> Float[Array, "B C N"] | None:
+        """What new entries have in `carried`."""
+        return (
+            None if self.carried is None else jnp.full((*slot.shape, self.carried.shape[1]), -1.0)
+        )
 
     def advance(self, count: Int[Array, " B"]) -> LayerStack:
         """Moves all cursors behind so many tokens of each row; to move one copies the others."""

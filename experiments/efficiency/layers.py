@@ -139,9 +139,10 @@ def attention_seconds(
     q = jax.random.normal(keys[0], (batch, spec.num_heads, spec.head_dim), dtype)
     shape = (batch, spec.num_kv_heads, slots, spec.head_dim)
     k, v = (jax.random.normal(key, shape, dtype) for key in keys[1:])
-    seen = jnp.ones((batch, spec.num_kv_heads, slots), bool)
+    positions = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), k.shape[:3])
+    last = jnp.full(batch, slots - 1, jnp.int32)
     ours = functools.partial(decode_attention, scale=spec.scale, softcap=spec.softcap)
-    own, _ = loop_seconds(ours, q, k, v, seen, repeats=repeats)
+    own, _ = loop_seconds(ours, q, k, v, positions, last, repeats=repeats)
     if spec.softcap is not None:
         return own, None
     k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))

@@ -9,7 +9,6 @@ from jaxtyping import Array, Int, Num
 
 from pallas_kernels.dispatch import Implementation, Kernel, dispatch
 from pallas_kernels.slot_write.reference import Arrays, write_slots_xla
-from pallas_kernels.triton_extra import run_triton, without_triton
 
 __all__ = ["write_slots"]
 
@@ -24,11 +23,10 @@ def write_slots(
     """Writes C entries of each row at the slots of their own.
 
     XLA writes scattered rows in place, but on TPU it wants the heads beside each other for that
-    and turns the whole array around, there and back, for every kernel that reads it; on GPU it
-    takes a launch or three for each array, and copies positions. The kernels write one entry of
-    each row where it is, and ask for C = 1. On TPU that is to read and write a tile, of 8 to 128
-    slots, whatever the length of the array; on GPU, one launch for all arrays, but for those with
-    other numbers of heads than keys and values, which XLA writes.
+    and turns the whole array around, there and back, for every kernel that reads it. The kernel
+    writes one entry of each row where it is, and asks for C = 1: it reads and writes a tile, of 8
+    to 128 slots, whatever the length of the array. What is attended to in the same step is better
+    written by `decode_attention`.
 
     Args:
         stacks: arrays with the same B and T; keys and values, and others without H, such as their
@@ -50,10 +48,6 @@ def write_slots(
 
         return write_slots_tpu(*args)
 
-    def triton(*args: Any) -> Arrays:
-        return run_triton("slot_write", "write_slots_triton")(*args)
-
-    refusal = _refusal(stacks, slots)
     return dispatch(
         "write_slots",
         implementation,
@@ -61,20 +55,14 @@ def write_slots(
         entries,
         slots,
         reference=write_slots_xla,
-        kernels=(
-            Kernel("pallas_tpu", tpu, refusal=refusal),
-            Kernel("triton", triton, refusal=refusal or without_triton("slot_write")),
-        ),
+        kernels=(Kernel("pallas_tpu", tpu, refusal=_refusal(stacks, slots)),),
     )
 
 
 def _refusal(stacks: Arrays, slots: Array) -> str | None:
     if slots.shape[1] != 1:
         return f"{slots.shape[1]} entries of a row, expected 1"
-    wide = [x for x in stacks if x.ndim == 4]
-    if len(wide) != 2 or wide[0].shape[1] != wide[1].shape[1]:
-        return f"arrays {[x.shape for x in wide]} of keys and values, expected two of as many heads"
-    for stack in wide:
-        if stack.dtype not in (jnp.float32, jnp.bfloat16, jnp.int8):
+    for stack in stacks:
+        if stack.ndim == 4 and stack.dtype not in (jnp.float32, jnp.bfloat16, jnp.int8):
             return f"an array of {stack.dtype}, expected float32, bfloat16 or int8"
     return None

@@ -25,28 +25,14 @@ def write_slots_tpu(
 ) -> Arrays:
     """See `pallas_kernels.slot_write.write_slots`."""
     batch, _, total = stacks[0].shape[:3]
-    # Slots of a tile: rows, 8 of float32, 16 of bfloat16 and 32 of int8; without H, columns.
-    tiles = [min(total, 32 // x.dtype.itemsize if x.ndim == 4 else 128) for x in stacks]
-
-    def tile_spec(stack: Array, tile: int) -> pl.BlockSpec:
-        def index(b: Any, slots: Any) -> tuple[Any, ...]:
-            return b, 0, jnp.minimum(slots[b], total - 1) // tile, *(0,) * (stack.ndim - 3)
-
-        return pl.BlockSpec((1, stack.shape[1], tile, *stack.shape[3:]), index)
-
-    def entry_spec(stack: Array) -> pl.BlockSpec:
-        shape = 1, stack.shape[1], 1, *stack.shape[3:]
-        return pl.BlockSpec(shape, lambda b, _: (b, *(0,) * (stack.ndim - 1)))
-
-    entry_specs = list(map(entry_spec, stacks))
-    tile_specs = [tile_spec(*pair) for pair in zip(stacks, tiles, strict=True)]
+    tile_specs = list(map(tile_spec, stacks))
     count = len(stacks)
     written = pl.pallas_call(
-        functools.partial(_kernel, tiles=tuple(tiles), total=total),
+        functools.partial(_kernel, tiles=tuple(map(tile_of, stacks)), total=total),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch,),
-            in_specs=[*entry_specs, *tile_specs],
+            in_specs=[*map(entry_spec, stacks), *tile_specs],
             out_specs=tile_specs,
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stacks],
@@ -57,6 +43,35 @@ def write_slots_tpu(
         name="write_slots",
     )(slots[:, 0], *(jnp.swapaxes(x, 1, 2) for x in entries), *stacks)
     return tuple(written)
+
+
+def tile_of(stack: Array) -> int:
+    """Slots of a tile: rows, 8 of float32, 16 of bfloat16 and 32 of int8; without H, columns."""
+    return min(stack.shape[2], 32 // stack.dtype.itemsize if stack.ndim == 4 else 128)
+
+
+def tile_spec(stack: Array) -> pl.BlockSpec:
+    """The tile of a row's slot; rows are first in the grid, slots last of what is prefetched."""
+    tile, last = tile_of(stack), stack.shape[2] - 1
+
+    def index(b: Any, *rest: Any) -> tuple[Any, ...]:
+        return b, 0, jnp.minimum(rest[-1][b], last) // tile, *(0,) * (stack.ndim - 3)
+
+    return pl.BlockSpec((1, stack.shape[1], tile, *stack.shape[3:]), index)
+
+
+def entry_spec(stack: Array) -> pl.BlockSpec:
+    """A row's entry of all heads, of an array [B, J, 1, *H]."""
+    shape = 1, stack.shape[1], 1, *stack.shape[3:]
+    return pl.BlockSpec(shape, lambda b, *_: (b, *(0,) * (stack.ndim - 1)))
+
+
+def with_entry(old: Array, entry: Array, at: Array) -> Array:
+    """A tile [J, tile, *H] with an entry [J, 1, *H] at its place `at`, or as it is for -1."""
+    # Masks are 32 bits wide, and float32 holds the numbers of all shorter types exactly.
+    wide = old.dtype if old.dtype.itemsize == 4 else jnp.float32
+    place = jax.lax.broadcasted_iota(jnp.int32, old.shape, 1)
+    return jnp.where(place == at, entry.astype(wide), old.astype(wide)).astype(old.dtype)
 
 
 def _kernel(
@@ -74,10 +89,6 @@ def _kernel(
     for entry_ref, old_ref, new_ref, tile in zip(
         refs[:count], refs[count : 2 * count], refs[2 * count :], tiles, strict=True
     ):
-        # Masks are 32 bits wide, and float32 holds the numbers of all shorter types exactly. The
-        # tile of an entry to leave out is written back as it is.
-        wide = old_ref.dtype if old_ref.dtype.itemsize == 4 else jnp.float32
-        place = jax.lax.broadcasted_iota(jnp.int32, old_ref.shape[1:], 1)
-        entry, old = (ref[0].astype(wide) for ref in (entry_ref, old_ref))
-        here = (place == slot % tile) & (slot < total)
-        new_ref[0] = jnp.where(here, entry, old).astype(new_ref.dtype)
+        # The tile of an entry to leave out is written back as it is.
+        at = jnp.where(slot < total, slot % tile, -1)
+        new_ref[0] = with_entry(old_ref[0], entry_ref[0], at)

@@ -43,10 +43,10 @@ def test_prints_and_writes_times_floors_and_errors(tmp_path, capsys):
     result = json.loads(out.read_text())
     ran, refused = result["ops"]["decode_attention"]
     (spec,) = (spec for spec in SPECS if spec.name == "one_slot")
-    # 2 rows of 4 heads with 1 slot: keys and values of 64 float32 numbers, and a mark.
-    assert spec.read_bytes(jnp.float32) == 2 * 4 * (2 * 64 * 4 + 1)
+    # 2 rows of 4 heads with 1 slot: keys and values of 64 float32 numbers, and a position.
+    assert spec.read_bytes(jnp.float32) == 2 * 4 * (2 * 64 * 4 + 4)
     assert spec.flops == 2 * 4 * 4 * 64
-    assert ran["floor_ms"] == pytest.approx(1e3 * 4104 / FLOOR.bandwidth)
+    assert ran["floor_ms"] == pytest.approx(1e3 * 4128 / FLOOR.bandwidth)
     assert ran["fraction"] == pytest.approx(ran["floor_ms"] / ran["ms"])
     assert ran["right"]
     assert "there is no such kernel" in refused["refused"]

@@ -10,29 +10,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
-from pallas_kernels.decode_attention import Tiling, decode_attention
+from pallas_kernels.decode_attention import NewEntry, Tiling, decode_attention
 from pallas_kernels.decode_attention.kernel_tpu import decode_attention_tpu
 from pallas_kernels.decode_attention.reference import decode_attention_xla
 from pallas_kernels.decode_attention.specs import SPECS, Spec
 from pallas_kernels.decode_attention.tiling import tpu_tiling
-from tests.pallas_kernels.cases import CASES, expected, poisoned
+from tests.pallas_kernels.cases import (
+    APPENDED,
+    CASES,
+    appended,
+    assert_written,
+    expected,
+    poisoned,
+)
 from tests.pallas_kernels.lowering import lowered
 
 DTYPES = (jnp.float32, jnp.bfloat16)
 by_name = {spec.name: spec for spec in SPECS}
-simulator = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
 
 def assert_close(ours, theirs, dtype):
     """Outputs in bfloat16 to 8 bits of theirs, as their weights are rounded too."""
-    out, weights = ours
+    out, weights = ours[:2]
     exact = dtype == jnp.float32
     tolerance = {"rtol": 2e-6, "atol": 1e-6} if exact else {"rtol": 5e-3, "atol": 2e-3}
     np.testing.assert_allclose(np.asarray(out, np.float64), theirs[0], **tolerance)
     np.testing.assert_allclose(weights, theirs[1], rtol=1e-5, atol=1e-7)
+
+
+def new_entry(size=16, rows=1):
+    k = jnp.zeros((1, 2, size))
+    return NewEntry(k=k, v=k, slot=jnp.zeros(rows, int))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -43,8 +53,25 @@ def test_reference_and_tpu_kernel_equal_float64(spec, dtype):
     reference = functools.partial(decode_attention, **spec.options, weights=True)
     assert_close(jax.jit(reference)(*inputs), theirs, dtype)
     run = functools.partial(decode_attention_tpu, **spec.options, weights=True, interpret=True)
-    inputs = poisoned(spec, inputs)
-    assert_close(run(*inputs), theirs, dtype)
+    assert_close(run(*poisoned(spec, inputs)), theirs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", APPENDED, ids=lambda spec: spec.name)
+def test_new_entries_are_written_and_seen(spec, dtype):
+    inputs, new = spec.inputs(dtype), spec.new(dtype)
+    theirs = expected(spec, appended(inputs, new))
+    reference = functools.partial(decode_attention, **spec.options, weights=True)
+    ours = jax.jit(reference)(*inputs, new)
+    assert_close(ours, theirs, dtype)
+    assert_written(ours[2], inputs, new)
+    # The interpreter does not pad what is written to: blocks must divide it.
+    tiling = Tiling(block=128) if spec.layers > 1 else None
+    run = functools.partial(decode_attention_tpu, tiling=tiling, interpret=True)
+    inputs = poisoned(spec, inputs, new)
+    ours = run(*inputs, new, **spec.options, weights=True)
+    assert_close(ours, theirs, dtype)
+    assert_written(ours[2], inputs, new)
 
 
 @pytest.mark.parametrize(
@@ -61,33 +88,51 @@ def test_tpu_kernel_over_several_blocks(name, block):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["gqa3", "gqa8_int8", "owners_int8"])
-def test_tpu_kernel_in_the_simulator(name, dtype):
+def test_tpu_kernel_in_the_simulator(name, dtype, simulator):
     spec = by_name[name]
     inputs = spec.inputs(dtype)
     block = Tiling(block=32) if spec.slots % 128 else Tiling(block=128)
     run = functools.partial(decode_attention_tpu, tiling=block, interpret=simulator)
     ours = run(*poisoned(spec, inputs), **spec.options, weights=True)
     assert_close(ours, expected(spec, inputs), dtype)
+    if spec in APPENDED:
+        new = spec.new(dtype)
+        ours = run(*poisoned(spec, inputs, new), new, **spec.options, weights=True)
+        assert_close(ours, expected(spec, appended(inputs, new)), dtype)
+        assert_written(ours[2], poisoned(spec, inputs, new), new)
 
 
 def test_a_traced_start_reads_the_layer_that_it_says():
     spec = dataclasses.replace(by_name["gqa3"], layers=4)
-    q, k, v, visible = spec.inputs(jnp.float32)
+    q, k, v, positions, query, _ = spec.inputs(jnp.float32)
     options = {**spec.options, "weights": True}
     del options["start"]
 
     @jax.jit
-    def ours(layer):
+    def ours(layer, new):
         start = layer * spec.slots
+        slot = jnp.where(new.slot < spec.slots, new.slot + start, k.shape[2])
+        new = dataclasses.replace(new, slot=slot)
+        args = q, k, v, positions, query
         run = functools.partial(decode_attention_tpu, interpret=True, start_multiple=spec.slots)
-        reference = decode_attention(q, k, v, visible, start=start, start_multiple=256, **options)
-        return run(q, k, v, visible, start, **options), reference
+        reference = functools.partial(decode_attention, start=start, start_multiple=256)
+        return [
+            op(*args, new=entry, **options)
+            for op in (functools.partial(run, start=start), reference)
+            for entry in (None, new)
+        ]
 
+    new = dataclasses.replace(spec.new(jnp.float32), slot=jnp.asarray([7, 255, 256]))
     for layer in range(4):
         part = slice(layer * spec.slots, (layer + 1) * spec.slots)
-        theirs = decode_attention_xla(q, k[:, :, part], v[:, :, part], visible, **options)
-        for one in ours(layer):
-            assert_close(one, [np.asarray(x, np.float64) for x in theirs], jnp.float32)
+        cut = [x[:, :, part] for x in (k, v, positions)]
+        alone = {**options, "slots": None}
+        for one in ours(layer, new):
+            entry = None if one[2] is None else new
+            theirs = decode_attention_xla(q, *cut, query, None, entry, **alone)
+            assert_close(one, [np.asarray(x, np.float64) for x in theirs[:2]], jnp.float32)
+            if entry is not None:
+                assert_written([x[:, :, part] for x in one[2]], (q, *cut, query, None), new)
 
 
 def test_layers_that_no_block_fits_are_cut_out():
@@ -117,10 +162,10 @@ def test_blocks_are_tiles_that_divide_the_start(multiple):
 
 def test_rows_that_see_nothing_give_zeros():
     spec = by_name["gqa3"]
-    q, k, v, _ = spec.inputs(jnp.float32)
-    nothing = jnp.zeros((2, 3, 256), bool)
+    q, k, v, _, query, _ = spec.inputs(jnp.float32)
+    empty = jnp.full(k.shape[:3], -1)
     for run in (decode_attention, functools.partial(decode_attention_tpu, interpret=True)):
-        out, weights = run(q, k, v, nothing, **spec.options, weights=True)
+        out, weights, _ = run(q, k, v, empty, query, **spec.options, weights=True)
         assert not np.any(out)
         assert not np.any(weights)
 
@@ -129,7 +174,7 @@ def test_weights_are_left_out_unless_asked_for():
     spec = by_name["gqa3"]
     inputs = spec.inputs(jnp.float32)
     run = functools.partial(decode_attention_tpu, **spec.options, interpret=True)
-    out, nothing = run(*inputs, weights=False)
+    out, nothing, _ = run(*inputs, weights=False)
     assert nothing is None
     np.testing.assert_array_equal(out, run(*inputs, weights=True)[0])
     assert decode_attention(*inputs, **spec.options)[1] is None
@@ -142,11 +187,11 @@ def test_the_platform_lowered_for_gets_its_kernel():
     text = lowered(run, *inputs)
     assert "tpu_custom_call" in text
     # The kernel reads the layer where it is: nothing of the array of all layers is cut out.
-    assert not re.search(r"slice.*tensor<2x3x768x64xbf16>", text)
+    assert not re.search(r"slice.*tensor<3x3x768x64xbf16>", text)
     half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float16), inputs[:3])
-    assert "tpu_custom_call" not in lowered(run, *half, inputs[3])
+    assert "tpu_custom_call" not in lowered(run, *half, *inputs[3:])
     with pytest.raises(NotImplementedError, match="q is float16, expected float32 or bfloat16"):
-        lowered(functools.partial(run, implementation="pallas_tpu"), *half, inputs[3])
+        lowered(functools.partial(run, implementation="pallas_tpu"), *half, *inputs[3:])
 
 
 @pytest.mark.parametrize("name", ["gqa3", "gqa8_int8", "owners"])
@@ -169,14 +214,16 @@ def test_the_program_for_cpu_is_the_references(name):
 
 def test_derivatives_are_the_references():
     spec = by_name["gqa8_96"]
-    q, k, v, visible = spec.inputs(jnp.float32)
+    q, k, v, *rest = spec.inputs(jnp.float32)
 
-    def loss(f, **options):
-        def of(q, k, v):
-            out, weights = f(q, k, v, visible, **spec.options, weights=True, **options)
-            return jnp.sum(out**2) + jnp.sum(weights**2)
+    def loss(f):
+        def of(q, k, v, new):
+            out, weights, cache = f(q, k, v, *rest, new, **spec.options, weights=True)
+            return jnp.sum(out**2) + jnp.sum(weights**2) + jnp.sum(cache.k**3)
 
-        return jax.grad(of, argnums=(0, 1, 2))(q, k, v)
+        return jax.tree.leaves(
+            jax.grad(of, argnums=(0, 1, 2, 3), allow_int=True)(q, k, v, spec.new(jnp.float32))
+        )[:-1]
 
     for one, other in zip(loss(decode_attention), loss(decode_attention_xla), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
@@ -185,15 +232,25 @@ def test_derivatives_are_the_references():
 def test_on_a_mesh_of_rows_and_heads():
     mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
     spec = Spec(name="mesh", batch=2, heads=8, cache_heads=4, slots=96, head_dim=64, layers=2)
-    inputs = spec.inputs(jnp.float32)
-    split = PartitionSpec("data", "model")
+    inputs, new = spec.inputs(jnp.float32), spec.new(jnp.float32)
+    rows, split = PartitionSpec("data"), PartitionSpec("data", "model")
+    entry = NewEntry(k=split, v=split, slot=rows)
 
     @jax.jit
-    @jax.shard_map(mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+    @jax.shard_map(
+        mesh=mesh,
+        in_specs=(*(split,) * 4, rows, None, entry),
+        out_specs=split,
+        check_vma=False,
+    )
     def op(*args):
         return decode_attention_tpu(*args, **spec.options, weights=True, interpret=True)
 
-    assert_close(op(*poisoned(spec, inputs)), expected(spec, inputs), jnp.float32)
+    theirs = expected(spec, appended(inputs, new))
+    inputs = poisoned(spec, inputs, new)
+    ours = op(*inputs, new)
+    assert_close(ours, theirs, jnp.float32)
+    assert_written(ours[2], inputs, new)
 
 
 @pytest.mark.parametrize(
@@ -201,8 +258,18 @@ def test_on_a_mesh_of_rows_and_heads():
     [
         ({"k": jnp.zeros((1, 3, 8, 16))}, r"k: expected \[1, a divisor of 4, slots, 16\]"),
         ({"v": jnp.zeros((1, 2, 9, 16))}, r"v: expected what k is"),
-        ({"visible": jnp.ones((1, 3, 8), bool)}, r"visible: expected \[1, 2 or 4, slots\]"),
-        ({"visible": jnp.ones((1, 2, 7), bool)}, r"visible: 7 slots, but k has 8, start None"),
+        ({"positions": jnp.zeros((1, 2, 7), int)}, r"positions: expected \(1, 2, 8\) as k"),
+        ({"owners": jnp.zeros((1, 4, 8), int)}, r"owners: expected \(1, 2, 8\) as k"),
+        ({"query": jnp.zeros((2,), int)}, r"query: expected a position for each of 1 rows"),
+        ({"sets": 2}, r"sets: expected 1, or a divisor of 2 and owners, got 2"),
+        ({"slots": 8}, r"slots: expected up to 8, with start None, got 8"),
+        ({"slots": 9, "start": 0}, r"slots: expected up to 8, with start 0, got 9"),
+        (
+            {"new": new_entry(), "owners": jnp.zeros((1, 2, 8), int)},
+            r"new: expected None for lists with owners",
+        ),
+        ({"new": new_entry(size=17)}, r"new.k: expected \(1, 2, 16\), stored as k is"),
+        ({"new": new_entry(rows=2)}, r"new.slot: expected one for each of 1 rows"),
         ({"tiling": Tiling(block=8)}, r"tiling: expected None for implementation None"),
         ({"implementation": "cuda"}, r"implementation: expected None or one of"),
     ],
@@ -213,7 +280,8 @@ def test_what_does_not_fit_is_refused(change, message):
         "q": jnp.zeros((1, 4, 16)),
         "k": jnp.zeros((1, 2, 8, 16)),
         "v": jnp.zeros((1, 2, 8, 16)),
-        "visible": jnp.ones((1, 2, 8), bool),
+        "positions": jnp.zeros((1, 2, 8), int),
+        "query": jnp.zeros(1, int),
     }
     with pytest.raises(ValueError, match=message):
         decode_attention(**{**arguments, **change}, scale=1.0)

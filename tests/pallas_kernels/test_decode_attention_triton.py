@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.specs import SPECS
 from pallas_kernels.decode_attention.tiling import gpu_tiling
 from pallas_kernels.triton_extra import without_triton
+from tests.pallas_kernels.cases import APPENDED, CASES
 from tests.pallas_kernels.lowering import GPU, lowered
 from tests.pallas_kernels.triton_interpreter import errors_of
 from tests.pallas_kernels.triton_machine import machine_code
@@ -24,7 +26,7 @@ needs_triton = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 @needs_triton
 def test_interpreted_kernel_equals_float64():
     errors = errors_of("decode_attention")
-    assert len(errors) == 4 * sum(not spec.large for spec in SPECS)
+    assert len(errors) == 4 * (len(CASES) + len(APPENDED))
     for name, (out, weights) in errors.items():
         # Outputs of at most 4; in float16 only the weights of the second product are rounded.
         assert out < (5e-4 if "float16" in name else 2e-6), name
@@ -37,8 +39,11 @@ def test_interpreted_kernel_equals_float64():
 def test_lowers_for_cuda(spec, dtype):
     inputs = spec.shapes(dtype)
     run = functools.partial(decode_attention, **spec.options, weights=True)
-    text = lowered(run, *inputs, kind=GPU)
-    assert "triton_kernel_call" in text
+    assert lowered(run, *inputs, kind=GPU).count("triton_kernel_call") == 2
+    if spec.sets == 1:
+        text = lowered(run, *inputs, jax.eval_shape(lambda: spec.new(dtype)), kind=GPU)
+        assert text.count("triton_kernel_call") == 2
+        assert "scatter" not in text
 
 
 @needs_triton
@@ -49,7 +54,8 @@ def test_machine_code_fits_shared_memory(name, dtype, tmp_path, monkeypatch):
 
     (spec,) = (spec for spec in SPECS if spec.name == name)
     run = functools.partial(decode_attention_triton, **spec.options, weights=False)
-    kernels = machine_code(run, *spec.shapes(dtype), folder=tmp_path, monkeypatch=monkeypatch)
+    args = *spec.shapes(dtype), jax.eval_shape(lambda: spec.new(dtype))
+    kernels = machine_code(run, *args, folder=tmp_path, monkeypatch=monkeypatch)
     assert [kernel.name for kernel in kernels] == ["decode_attention", "decode_attention_parts"]
     for kernel in kernels:
         assert kernel.code

@@ -38,7 +38,10 @@ pytestmark = [pytest.mark.gpu_aot, needs_cuda_plugin]
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_decode_attention(spec, dtype):
     run = functools.partial(decode_attention, **spec.options)
-    program = compiled(run, *spec.shapes(dtype), kind=GPU)
+    new, given = None, ()
+    if spec.sets == 1:
+        new, given = jax.eval_shape(lambda: spec.new(dtype)), (1, 2, 3)
+    program = compiled(run, *spec.shapes(dtype), new, kind=GPU, donate_argnums=given)
     assert "triton_kernel_call" in program.as_text()
     # No copy of a layer: what XLA makes on the way is smaller than the layer's keys.
     temporary = program.memory_analysis().temp_size_in_bytes
@@ -97,13 +100,13 @@ def test_the_decode_loop_copies_no_cache(scanned, batch, storage):
         model = tiny.ScannedModel(model.params, model.layer_specs)
     model = tiny.cast(model, jnp.bfloat16)
     program, stack = decode_loop(model, batch=batch, columns=1024, kind=GPU, storage=storage)
-    # To write an entry, to attend to parts of the slots, and to put these together.
+    # To write an entry and attend to parts of the slots, and to put these together.
     launches = program.as_text().count('custom_call_target="triton_kernel_call')
-    assert launches == (3 if scanned else 12)
+    assert launches == (2 if scanned else 8)
     assert copies_of(program, stack) == []
 
 
-@pytest.mark.parametrize(("batch", "most"), [(1, 19), (16, 17)])
+@pytest.mark.parametrize(("batch", "most"), [(1, 17), (16, 15)])
 def test_kernels_of_a_decode_step(batch, most):
     """Launching them takes about as long as reading the cache does: as few a layer as there are.
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -71,9 +70,8 @@ def test_tpu_kernel_is_a_stable_sort(spec, dtype):
 
 
 @pytest.mark.parametrize("name", ["by_head", "decode_int8"])
-def test_tpu_kernel_has_no_races_and_reads_no_uninitialised_memory(name):
-    interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    run = functools.partial(by_tpu, **NAMED[name].options, interpret=interpret)
+def test_tpu_kernel_has_no_races_and_reads_no_uninitialised_memory(name, simulator):
+    run = functools.partial(by_tpu, **NAMED[name].options, interpret=simulator)
     check(NAMED[name], jnp.bfloat16, quick_jit(run))
 
 

@@ -8,26 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels.slot_write import write_slots
 from pallas_kernels.slot_write.kernel_tpu import write_slots_tpu
-from pallas_kernels.triton_extra import without_triton
 from tests.pallas_kernels.lowering import (
-    GPU,
     TOPOLOGIES,
     compiled,
     lowered,
-    needs_cuda_plugin,
     needs_libtpu,
 )
-from tests.pallas_kernels.triton_interpreter import errors_of
-from tests.pallas_kernels.triton_machine import machine_code
-
-REASON = without_triton("slot_write")
-needs_triton = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-simulator = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
 
 def example(dtype, total=40, size=16, batch=4):
@@ -76,15 +66,8 @@ def test_writes_each_entry_and_nothing_else(dtype, total):
         assert_equal(write_slots_tpu(*some, interpret=True), by_hand(*some))
 
 
-@needs_triton
-def test_interpreted_kernel_writes_each_entry_and_nothing_else():
-    errors = errors_of("slot_write")
-    assert len(errors) == 3 * 2
-    assert not any(errors.values())
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8], ids=str)
-def test_in_the_simulator(dtype):
+def test_in_the_simulator(dtype, simulator):
     args = example(dtype, 64)
     assert_equal(write_slots_tpu(*args, interpret=simulator), by_hand(*args))
 
@@ -100,7 +83,7 @@ def test_on_a_mesh_of_rows():
     )
 
 
-def test_the_kernels_are_for_one_entry_of_a_row():
+def test_the_kernel_is_for_one_entry_of_a_row():
     stacks, entries, slots = example(jnp.float32)
     assert "tpu_custom_call" in lowered(write_slots, stacks, entries, slots)
     twice = (
@@ -111,31 +94,6 @@ def test_the_kernels_are_for_one_entry_of_a_row():
     assert "tpu_custom_call" not in lowered(write_slots, *twice)
     with pytest.raises(NotImplementedError, match="2 entries of a row, expected 1"):
         write_slots(*twice, implementation="pallas_tpu")
-    with pytest.raises(NotImplementedError, match="keys and values, expected two of as many heads"):
-        write_slots(stacks[1:], entries[1:], slots, implementation="triton")
-
-
-@needs_triton
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8], ids=str)
-def test_one_launch_on_gpu(dtype):
-    args = example(dtype)
-    text = lowered(write_slots, *args, kind=GPU)
-    assert text.count("triton_kernel_call") == 1
-    assert text.count('"stablehlo.scatter"(') == 1  # what belongs to the query heads
-    assert '"stablehlo.scatter"(' not in lowered(write_slots, *floats(*args), kind=GPU)
-
-
-@needs_triton
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8], ids=str)
-def test_machine_code(dtype, tmp_path, monkeypatch):
-    from pallas_kernels.slot_write.kernel_gpu import write_slots_triton
-
-    args = example(dtype)
-    if dtype != jnp.int8:
-        args = floats(*args)
-    (kernel,) = machine_code(write_slots_triton, *args, folder=tmp_path, monkeypatch=monkeypatch)
-    assert kernel.code
-    assert kernel.shared == 0
 
 
 @pytest.mark.tpu_aot
@@ -145,13 +103,3 @@ def test_machine_code(dtype, tmp_path, monkeypatch):
 def test_compiles_for_tpu(dtype, kind):
     program = compiled(write_slots, *example(dtype, 2048, 128), kind=kind)
     assert "tpu_custom_call" in program.as_text()
-
-
-@pytest.mark.gpu_aot
-@needs_cuda_plugin
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8], ids=str)
-def test_compiles_for_gpu(dtype):
-    args = floats(*example(dtype, 2048, 128))
-    program = compiled(write_slots, *args, kind=GPU, donate_argnums=0)
-    assert "triton_kernel_call" in program.as_text()
-    assert program.memory_analysis().temp_size_in_bytes < 4096

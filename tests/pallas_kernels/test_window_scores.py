@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -55,9 +54,8 @@ def test_tpu_kernel_equals_the_reference_in_bfloat16(name):
 
 
 @pytest.mark.parametrize("name", ["gqa3_80", "max_64"])
-def test_tpu_kernel_has_no_races_and_reads_no_uninitialised_memory(name):
-    interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    ours, theirs = compare(NAMED[name], jnp.float32, interpret=interpret)
+def test_tpu_kernel_has_no_races_and_reads_no_uninitialised_memory(name, simulator):
+    ours, theirs = compare(NAMED[name], jnp.float32, interpret=simulator)
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-7)
 
 

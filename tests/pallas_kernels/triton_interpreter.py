@@ -22,7 +22,7 @@ from pallas_kernels.decode_attention.tiling import Tiling
 from pallas_kernels.masked_eviction.specs import SPECS as EVICTIONS
 from pallas_kernels.triton_extra import aliased_outputs
 from pallas_kernels.window_scores.specs import SPECS as SCORES
-from tests.pallas_kernels.cases import CASES, expected, poisoned
+from tests.pallas_kernels.cases import APPENDED, CASES, appended, assert_written, expected, poisoned
 
 
 def errors_of(op):
@@ -121,16 +121,24 @@ def decode_attention():
         for dtype in (jnp.float32, jnp.float16):
             for name, tiling in tilings.items():
                 inputs = spec.inputs(dtype)
-                run = functools.partial(
-                    decode_attention_triton,
-                    **spec.options,
-                    weights=True,
-                    tiling=tiling,
-                    call=interpreted,
+                run = jax.jit(
+                    functools.partial(
+                        decode_attention_triton,
+                        **spec.options,
+                        weights=True,
+                        tiling=tiling,
+                        call=interpreted,
+                    )
                 )
-                ours = jax.jit(run)(*poisoned(spec, inputs))
-                theirs = expected(spec, inputs)
-                yield f"{spec.name} {dtype.__name__} {name}", list(map(difference, ours, theirs))
+                case = f"{spec.name} {dtype.__name__} {name}"
+                out, weights, _ = run(*poisoned(spec, inputs))
+                yield case, list(map(difference, (out, weights), expected(spec, inputs)))
+                if spec in APPENDED:
+                    new = spec.new(dtype)
+                    *ours, cache = run(*poisoned(spec, inputs, new), new)
+                    theirs = expected(spec, appended(inputs, new))
+                    assert_written(cache, poisoned(spec, inputs, new), new)
+                    yield f"{case} appended", list(map(difference, ours, theirs))
 
 
 def masked_eviction():
@@ -148,22 +156,6 @@ def masked_eviction():
                 )
                 check(spec, dtype, jax.jit(run))
                 yield f"{spec.name} {dtype}", None
-
-
-def slot_write():
-    """The largest differences, which are none."""
-    from pallas_kernels.slot_write.kernel_gpu import write_slots_triton
-    from tests.pallas_kernels.test_slot_write import by_hand, example, floats
-
-    for dtype in (jnp.float32, jnp.bfloat16, jnp.int8):
-        args = example(dtype, 21, 20)
-        for name, some in (("all", args), ("floats", floats(*args))):
-            ours = jax.jit(functools.partial(write_slots_triton, call=interpreted))(*some)
-            pairs = zip(ours, by_hand(*some), strict=True)
-            yield (
-                f"{name} {dtype.__name__}",
-                max(difference(one, np.asarray(other, np.float64)) for one, other in pairs),
-            )
 
 
 def window_scores():
@@ -211,7 +203,7 @@ def relative(ours, theirs):
     return float(np.max(np.abs(ours - theirs) / (theirs + least)))
 
 
-OPS = {f.__name__: f for f in (decode_attention, masked_eviction, slot_write, window_scores)}
+OPS = {f.__name__: f for f in (decode_attention, masked_eviction, window_scores)}
 
 
 def main() -> None:
