@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.quantized import QuantArray, quantize
 from restkv_jax.attention import slot_attention, slot_weights
 from restkv_jax.cache import KVCache
-from restkv_jax.eviction import evict_rows
+from restkv_jax.eviction import Full, evict_full
 from restkv_jax.protocols import CausalLM, LayerSpec, Projection
 from restkv_jax.slots import LayerSlots, LayerStack
 
-_State = tuple[Int[Array, " B"], Int[Array, " B"], Int[Array, "B T"], KVCache]
+_State = tuple[Int[Array, "B T"], KVCache]
 
 
 def feed(
@@ -25,7 +24,7 @@ def feed(
     tokens: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     *,
-    evict: Literal["before", "after"] = "before",
+    evict: Full = "before",
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Runs tokens that follow what the cache holds.
 
@@ -48,6 +47,12 @@ def feed(
     specs = model.layer_specs
     count = jnp.sum(valid, axis=1, dtype=jnp.int32)
     start = cache.next_position
+    if cache.eviction is not None and evict == "before":
+        cache = evict_full(model, cache, count, start, evict)
+        for stack in cache.stacks:
+            # Always True: the new queries wait for the eviction, which reads those they replace.
+            # Without an order between them, XLA copies what one reads while the other writes.
+            valid &= stack.ring | (stack.used[0][:, None] >= 0)
     rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
     positions = jnp.where(valid, start[:, None] + rank, -1)
 
@@ -56,81 +61,36 @@ def feed(
         q: Float[Array, "B T N H"],
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
-        w_o: Float[Array, "N H D"] | Projection,
+        _: Float[Array, "N H D"] | Projection,
         state: _State,
     ) -> tuple[Float[Array, "B T N H"], _State]:
-        count, start, positions, cache = state
+        positions, cache = state
         spec = specs[layer if isinstance(layer, int) else 0].share(q.shape[2])
         index, row = cache.place(layer)
-        stack = cache.stacks[index]
-
-        def evicted(full: Bool[Array, " B"], position: Int[Array, " B"]) -> LayerStack:
-            assert cache.eviction is not None
-            return evict_rows(
-                stack,
-                row,
-                full,
-                position,
-                w_o,
-                eviction=cache.eviction,
-                spec=spec,
-                layer=layer,
-                num_layers=len(specs),
-                by_slot=cache.by_slot,
-            )
-
-        evicts = cache.eviction if spec.window is None else None
-        if q.shape[1] == 1:
-            # First of all, as with keys and values; more at once might write over the last W.
-            stack = stack.remember(row, q, positions)
-        if evicts is not None and evict == "before":
-            full = (count > 0) & (stack.used[row] + count > stack.size(row))
-            stack = evicted(full & _after(q), start)
+        stack = cache.stacks[index].remember(row, q, positions)
         # Sets by query head store a copy of the key/value head for each of its query heads.
         copies = stack.heads // spec.num_kv_heads
         k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
-        if stack.ring and q.shape[1] > 1:
+        if q.shape[1] == 1:
+            out, stack = stack.attend(row, q, k, v, positions, spec)
+        elif stack.ring:
             out = _attend_to_ring(q, k, v, stack, row, positions, spec)
             stack = stack.append(row, k, v, positions)
-        elif q.shape[1] == 1:
-            out, stack = stack.attend(row, q, k, v, positions, spec)
         else:
             stack = stack.append(row, k, v, positions)
             out, stack = _attend(q, stack, row, positions, spec)
-        if q.shape[1] > 1:
-            stack = stack.remember(row, q, positions)
-        if evicts is not None and evict == "after":
-            full = (stack.used[row] + count > evicts.budget) & _after(out)
-            stack = evicted(full, start + count)
-            # These tokens are counted below, in those rows too that have just been.
-            used = stack.used.at[row].add(jnp.where(full, -count, 0))
-            stack = dataclasses.replace(stack, used=used)
-        return out, (count, start, positions, cache.with_stack(index, stack))
+        return out, (positions, cache.with_stack(index, stack))
 
-    rotary = positions if not cache.by_slot else _by_slot(cache, count, rank, valid)
+    rotary = positions
+    if cache.by_slot:  # the slots that the tokens will be written to, which all layers share
+        rotary = jnp.where(valid, cache.stacks[0].used[0][:, None] + rank, -1)
     # All that `attend` reads is in its state, which a sharded model splits by rows and heads.
-    hidden, (_, _, _, cache) = model(tokens, rotary, attend, (count, start, positions, cache))
+    hidden, (_, cache) = model(tokens, rotary, attend, (positions, cache))
     stacks = tuple(stack.advance(count) for stack in cache.stacks)
-    return hidden, dataclasses.replace(cache, stacks=stacks, next_position=start + count)
-
-
-def _by_slot(
-    cache: KVCache, count: Int[Array, " B"], rank: Int[Array, "B T"], valid: Bool[Array, "B T"]
-) -> Int[Array, "B T"]:
-    """The slots that new tokens will be written to, which are those of all layers alike."""
-    (stack,) = cache.stacks
-    used = stack.used[0]
-    if cache.eviction is not None:
-        used = jnp.where(used + count > stack.size(0), cache.eviction.budget, used)
-    return jnp.where(valid, used[:, None] + rank, -1)
-
-
-def _after(x: Float[Array, "B T N H"]) -> Bool[Array, " B"]:
-    """True, but only once `x` is there: eviction then waits for the attention that `x` stems from.
-
-    Without an order between them, XLA copies the cache to let one read while the other writes.
-    """
-    return ~jnp.isnan(x[:, 0, 0, 0])
+    cache = dataclasses.replace(cache, stacks=stacks, next_position=start + count)
+    if cache.eviction is not None and evict == "after":
+        cache = evict_full(model, cache, count, start + count, evict)
+    return hidden, cache
 
 
 def _attend(

@@ -41,12 +41,14 @@ def model_of_8b(layers):
     return jax.eval_shape(lambda: with_output_factors(Llama.init(config, dtype=jnp.bfloat16)))
 
 
-def decode_loop(model, *, batch, columns, kind, storage="model"):
-    """Steps of decoding from a cache of so many slots a layer, and the cache's first stack."""
+FULL = CachePlan(policy=Full(), headroom=0)
+
+
+def decode_loop(model, *, batch, columns, kind, plan=FULL):
+    """Steps of decoding from the cache of so long a prompt, and the cache's first stack."""
     never = jnp.asarray([-1])
 
     def start():
-        plan = CachePlan(policy=Full(), headroom=0, storage=storage)
         cache = init_cache(
             model.layer_specs, plan, batch=batch, prompt_columns=columns, dtype=jnp.bfloat16
         )

@@ -6,6 +6,7 @@ kernels are compiled before, by Triton.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -18,10 +19,11 @@ from pallas_kernels.masked_eviction import masked_eviction
 from pallas_kernels.masked_eviction.specs import SPECS as EVICTIONS
 from pallas_kernels.window_scores import window_scores
 from pallas_kernels.window_scores.specs import SPECS as SCORES
-from restkv_jax.decode import LayerSpec
+from restkv_jax.decode import CachePlan, LayerSpec, SnapKV
 from restkv_jax.prompt_attention import causal_attention
 from tests.pallas_kernels.lowering import GPU, compiled, needs_cuda_plugin
 from tests.pallas_kernels.programs import (
+    FULL,
     copies_of,
     decode_loop,
     kernels_of_the_loop,
@@ -99,10 +101,20 @@ def test_the_decode_loop_copies_no_cache(scanned, batch, storage):
     if scanned:
         model = tiny.ScannedModel(model.params, model.layer_specs)
     model = tiny.cast(model, jnp.bfloat16)
-    program, stack = decode_loop(model, batch=batch, columns=1024, kind=GPU, storage=storage)
+    plan = dataclasses.replace(FULL, storage=storage)
+    program, stack = decode_loop(model, batch=batch, columns=1024, kind=GPU, plan=plan)
     # To write an entry and attend to parts of the slots, and to put these together.
     launches = program.as_text().count('custom_call_target="triton_kernel_call')
     assert launches == (2 if scanned else 8)
+    assert copies_of(program, stack) == []
+
+
+def test_eviction_asks_the_host_once_a_step():
+    """Not once a layer: a host waits for what decides on a loop, and reads it."""
+    model = tiny.cast(tiny.make(layers=4, heads=4, kv_heads=2, size=128, width=256), jnp.bfloat16)
+    plan = CachePlan(policy=SnapKV(), budget=256, decode_budget=256, evict_every=64)
+    program, stack = decode_loop(model, batch=3, columns=1024, kind=GPU, plan=plan)
+    assert program.as_text().count(" while(") == 2  # of steps, and of eviction
     assert copies_of(program, stack) == []
 
 

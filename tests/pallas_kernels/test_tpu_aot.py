@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -25,6 +26,7 @@ from restkv_jax.prompt_attention import causal_attention
 from restkv_jax.sharding import ShardedLM
 from tests.pallas_kernels.lowering import TOPOLOGIES, compiled, devices, needs_libtpu
 from tests.pallas_kernels.programs import (
+    FULL,
     copies_of,
     decode_loop,
     loop_over_int8_weights,
@@ -65,7 +67,8 @@ def test_the_decode_loop_copies_no_cache(scanned, storage):
     if scanned:
         model = tiny.ScannedModel(model.params, model.layer_specs)
     model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
-    program, stack = decode_loop(model, batch=2, columns=1024, kind="TPU v5e", storage=storage)
+    plan = dataclasses.replace(FULL, storage=storage)
+    program, stack = decode_loop(model, batch=2, columns=1024, kind="TPU v5e", plan=plan)
     assert program.as_text().count("tpu_custom_call") == (1 if scanned else 4)
     assert copies_of(program, stack) == []
 
