@@ -71,10 +71,11 @@ def evict_full(
         if spec.window is None:
             index, row = cache.place(layer)
             stack = cache.stacks[index]
+            rows = full(stack.used[row], stack.size(row), count)
             evict = functools.partial(
                 evict_rows,
                 row=row,
-                full=full(stack.used[row], stack.size(row), count),
+                full=rows,
                 q=stack.last_queries(row, position),
                 position=position,
                 w_o=w_o,
@@ -87,7 +88,7 @@ def evict_full(
             # Queries stay out of loops, which would copy what they only read. One layer after the
             # other, as scores of many at once take memory.
             bare = jax.lax.optimization_barrier(dataclasses.replace(stack, queries=None))
-            bare = _once(jnp.any(evict.keywords["full"]), evict, bare) if on_mesh else evict(bare)
+            bare = _once(jnp.any(rows), evict, bare) if on_mesh else evict(bare)
             stack = dataclasses.replace(bare, queries=stack.queries)
             cache = cache.with_stack(index, stack)
         return jnp.zeros_like(q), (count, position, cache)
