@@ -280,6 +280,19 @@ def test_eviction_inside_the_loop_copies_no_cache(model, policy, dtype):
     assert copies == []
 
 
+def test_evicting_multiplies_none_of_the_weights(model):
+    """The model runs for its output projections alone, which this policy does not even need."""
+
+    def products(plan):
+        _, (cache,) = prefill(model, *pad_prompts([list(range(40))]), plans=(plan,))
+        step = jax.jit(decode_step).lower(model, cache, jnp.zeros(1, int), jnp.ones(1, bool))
+        return len(re.findall(r" dot\(| custom-call\(", step.compile(tiny.OPTIMISED).as_text()))
+
+    evicting = plan_of(Streaming(), budget=20, decode_budget=20, evict_every=10)
+    keeping = CachePlan(policy=Streaming(), budget=20, headroom=10)
+    assert products(evicting) == products(keeping) > 0
+
+
 def test_the_same_program_serves_however_long_it_runs(model):
     plan = plan_of(RestKV(window=W))
     generate(model, [list(range(40))], plan=plan, max_new_tokens=8, chunk=8)
