@@ -27,11 +27,11 @@ from restkv_jax.slots import LayerSlots, LayerStack
 Tree = TypeVar("Tree")
 _State = tuple[Int[Array, " B"], Int[Array, " B"], KVCache]
 # Which rows are full: those in which new tokens would not fit, or which have left the budget.
-Full = Literal["before", "after"]
+When = Literal["before", "after"]
 
 
 def evict_full(
-    model: CausalLM, cache: KVCache, count: Int[Array, " B"], position: Int[Array, " B"], when: Full
+    model: CausalLM, cache: KVCache, count: Int[Array, " B"], position: Int[Array, " B"], when: When
 ) -> KVCache:
     """Brings rows that are full down to the budget, in all layers that keep all of their past.
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.quantized import QuantArray, quantize
 from restkv_jax.attention import slot_attention, slot_weights
 from restkv_jax.cache import KVCache
-from restkv_jax.eviction import Full, evict_full
+from restkv_jax.eviction import When, evict_full
 from restkv_jax.protocols import CausalLM, LayerSpec, Projection
 from restkv_jax.slots import LayerSlots, LayerStack
 
@@ -24,7 +24,7 @@ def feed(
     tokens: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     *,
-    evict: Full = "before",
+    evict: When = "before",
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Runs tokens that follow what the cache holds.
 

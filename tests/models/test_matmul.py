@@ -57,3 +57,10 @@ def test_loops_hold_no_float32_copy_of_the_weights(rows, transposed):
     program = jax.jit(steps).lower(x, w).compile()
     assert program.memory_analysis().temp_size_in_bytes < 512 * 512 * 2
     assert "f32[512,512]" not in program.as_text()
+
+
+def test_one_row_of_float64_is_summed_in_float64_on_gpu():
+    with jax.enable_x64(True):
+        args = jax.ShapeDtypeStruct((1, 1, 96), float), jax.ShapeDtypeStruct((96, 80), float)
+        program = jax.jit(matmul).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert "(tensor<2x96xf64>, tensor<96x80xf64>) -> tensor<2x80xf64>" in program
