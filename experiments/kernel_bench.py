@@ -1,10 +1,10 @@
 """`python -m experiments.kernel_bench`: single ops against XLA and against the device's floor.
 
 Times every implementation of an op that this platform has, on shapes that the tests share, and
-checks the result that it timed against the plain XLA form in float32. The floor is the larger of
-the bytes that any implementation moves over the measured memory bandwidth and its operations over
-the measured peak of matrix products; the fraction is how much of the time the floor takes. It is
-above 100 % where the data of a small shape stays in a cache from one round to the next.
+checks what it timed, arrays that were written too, against the plain XLA form in float32. The floor
+is the larger of the bytes that any implementation moves over the measured memory bandwidth and its
+operations over the measured peak of matrix products; the fraction is how much of the time the
+floor takes. It is above 100 % where the data of a small shape stays in a cache between rounds.
 
 Examples:
   python -m experiments.kernel_bench
@@ -16,6 +16,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from jaxtyping import DTypeLike
 
 from experiments.core.environment import environment
 from experiments.core.errors import UserError, run_main
-from experiments.core.measure import bytes_per_second, flops_per_second, loop_seconds
+from experiments.core.measure import bytes_per_second, flops_per_second, state_loop_seconds
 from experiments.core.options import Parser, count_of
 from experiments.core.storage import dump_json, write_atomic
 from experiments.core.table import TextTable, human_bytes, print_tables
@@ -54,34 +55,63 @@ class Spec(Protocol):
     def read_bytes(self, dtype: DTypeLike) -> int: ...  # noqa: D102
 
 
+Bound = Callable[..., tuple[Any, Any]]
+
+
 class Op(NamedTuple):
     """An op under test.
 
     Attributes:
         specs: its shapes.
-        bind: the op with a spec's static arguments and an implementation, of the spec's inputs.
+        inputs: what it is given for a spec and a type.
+        bind: the op with a spec's static arguments and an implementation: of the inputs, its result
+            and the inputs of the next round.
     """
 
     specs: Sequence[Spec]
-    bind: Callable[[Any, Implementation], Callable[..., Any]]
+    inputs: Callable[[Any, DTypeLike], tuple[Any, ...]]
+    bind: Callable[[Any, Implementation], Bound]
 
 
-def _decode_attention(spec: Any, implementation: Implementation) -> Callable[..., Any]:
-    return lambda *args: decode_attention(*args, **spec.options, implementation=implementation)
+def _decode_attention_inputs(spec: Any, dtype: DTypeLike) -> tuple[Any, ...]:
+    # Lists that several sets share are not written to.
+    return *spec.inputs(dtype), spec.new(dtype) if spec.sets == 1 else None
 
 
-def _window_scores(spec: Any, implementation: Implementation) -> Callable[..., Any]:
-    return lambda *args: window_scores(*args, form=spec.form, implementation=implementation)
+def _decode_attention(spec: Any, implementation: Implementation) -> Bound:
+    def run(q: Any, k: Any, v: Any, positions: Any, *rest: Any) -> tuple[Any, Any]:
+        out, _, written = decode_attention(
+            q, k, v, positions, *rest, **spec.options, implementation=implementation
+        )
+        return out, (q, *(written or (k, v, positions)), *rest)
+
+    return run
 
 
-def _masked_eviction(spec: Any, implementation: Implementation) -> Callable[..., Any]:
-    return lambda *args: masked_eviction(*args, **spec.options, implementation=implementation)
+def _unchanged(op: Callable[..., Any]) -> Bound:
+    return lambda *args: (op(*args), args)
+
+
+def _window_scores(spec: Any, implementation: Implementation) -> Bound:
+    return _unchanged(
+        functools.partial(window_scores, form=spec.form, implementation=implementation)
+    )
+
+
+def _masked_eviction(spec: Any, implementation: Implementation) -> Bound:
+    return _unchanged(
+        functools.partial(masked_eviction, **spec.options, implementation=implementation)
+    )
+
+
+def _inputs(spec: Spec, dtype: DTypeLike) -> tuple[Any, ...]:
+    return spec.inputs(dtype)
 
 
 OPS = {
-    "decode_attention": Op(DECODE_ATTENTION, _decode_attention),
-    "window_scores": Op(WINDOW_SCORES, _window_scores),
-    "masked_eviction": Op(MASKED_EVICTION, _masked_eviction),
+    "decode_attention": Op(DECODE_ATTENTION, _decode_attention_inputs, _decode_attention),
+    "window_scores": Op(WINDOW_SCORES, _inputs, _window_scores),
+    "masked_eviction": Op(MASKED_EVICTION, _inputs, _masked_eviction),
 }
 
 # Largest error relative to the largest number of the result.
@@ -109,9 +139,11 @@ def measure(
 ) -> dict[str, Any]:
     """One line of the result: times, floor and error; or why it did not run."""
     line: dict[str, Any] = {"spec": spec.name, "dtype": dtype, "implementation": implementation}
-    inputs = spec.inputs(jnp.dtype(dtype))
+    inputs = op.inputs(spec, jnp.dtype(dtype))
     try:
-        seconds, result = loop_seconds(op.bind(spec, implementation), *inputs, repeats=repeats)
+        seconds, result = state_loop_seconds(
+            op.bind(spec, implementation), *inputs, repeats=repeats
+        )
     except NotImplementedError as refusal:
         return {**line, "refused": str(refusal)}
     exact = [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in _leaves(inputs)]
@@ -137,6 +169,8 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 def _error(ours: Any, theirs: Any) -> float:
+    if jnp.issubdtype(ours.dtype, jnp.integer):
+        return 0.0 if np.array_equal(ours, theirs) else float("inf")
     a, b = (np.asarray(x).astype(np.float64) for x in (ours, theirs))
     if not (np.isfinite(a) == np.isfinite(b)).all():
         return float("inf")

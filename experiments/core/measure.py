@@ -43,29 +43,52 @@ def loop_seconds(
         Median seconds a round, and the result of the last round of the loop that was timed last.
     """
 
-    @jax.jit
-    def loop(rounds: Array, first: Array, *rest: Any) -> Any:
-        def step(_: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
-            first, _ = carry
-            result = op(first, *rest)
+    def unchanged(*args: Any) -> tuple[Any, Any]:
+        return op(*args), args
+
+    seconds, (result, _) = state_loop_seconds(unchanged, *args, repeats=repeats, least_s=least_s)
+    return seconds, result
+
+
+def state_loop_seconds(
+    op: Callable[..., tuple[Any, Any]], *args: Any, repeats: int, least_s: float = 0.02
+) -> tuple[float, tuple[Any, Any]]:
+    """As `loop_seconds`, of an op that changes its arguments, in place as far as it can.
+
+    Args:
+        op: its result, and a tuple of the arguments of the next round.
+        args: those of the first round, which are copied once.
+        repeats: see there.
+        least_s: see there.
+
+    Returns:
+        Median seconds a round, and what the op gave in the last round.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def loop(rounds: Array, args: Any) -> tuple[Any, Any]:
+        def step(_: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            _, args = carry
+            result, (first, *rest) = op(*args)
             corner = (0,) * first.ndim
             last = jax.tree.leaves(result)[0].ravel()[0].astype(first.dtype)
-            return first.at[corner].set(jnp.where(jnp.isnan(last), last, first[corner])), result
+            first = first.at[corner].set(jnp.where(jnp.isnan(last), last, first[corner]))
+            return result, (first, *rest)
 
-        shapes = jax.eval_shape(op, first, *rest)
+        shapes, _ = jax.eval_shape(op, *args)
         empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.fori_loop(0, rounds, step, (first, empty))[1]
+        return jax.lax.fori_loop(0, rounds, step, (empty, args))
 
-    once = median_seconds(functools.partial(loop, jnp.int32(1), *args), 3)
+    last = None, jax.tree.map(jnp.copy, args)
+
+    def run(rounds: int) -> Any:
+        nonlocal last
+        last = loop(jnp.int32(rounds), last[1])
+        return last
+
+    once = median_seconds(functools.partial(run, 1), 3)
     rounds = max(1, round(least_s / once))
-    result = None
-
-    def run() -> Any:
-        nonlocal result
-        result = loop(jnp.int32(rounds), *args)
-        return result
-
-    return median_seconds(run, repeats) / rounds, result
+    return median_seconds(functools.partial(run, rounds), repeats) / rounds, last
 
 
 def bytes_per_second(size: int, *, repeats: int = 5) -> float:

@@ -12,7 +12,7 @@ import pytest
 from experiments import kernel_bench
 from experiments.core import measure as core_measure
 from experiments.core.errors import UserError
-from experiments.core.measure import loop_seconds
+from experiments.core.measure import loop_seconds, state_loop_seconds
 from pallas_kernels.decode_attention.specs import SPECS
 
 ONE_SLOT = ["--op", "decode_attention", "--spec", "one_slot", "--dtype", "float32"]
@@ -55,25 +55,29 @@ def test_prints_and_writes_times_floors_and_errors(tmp_path, capsys):
     assert "refused" in text
 
 
-def test_a_wrong_result_is_told(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "off",
+    [
+        lambda out, positions: (1.05 * out, positions),
+        lambda out, positions: (out, positions.at[0, 2, 71].add(1)),  # what it writes counts too
+    ],
+)
+def test_a_wrong_result_is_told(off, monkeypatch, capsys):
     real = kernel_bench.OPS["decode_attention"]
 
     def bind(spec, implementation):
-        off = 1.001 if implementation == "pallas_tpu" else 1.0
-        return lambda *args: off * real.bind(spec, "xla")(*args)[0]
+        def run(*args):
+            out, (q, k, v, positions, *rest) = real.bind(spec, "xla")(*args)
+            if implementation == "pallas_tpu":
+                out, positions = off(out, positions)
+            return out, (q, k, v, positions, *rest)
+
+        return run
 
     monkeypatch.setitem(kernel_bench.OPS, "decode_attention", real._replace(bind=bind))
-    options = [
-        "--op",
-        "decode_attention",
-        "--spec",
-        "one_slot",
-        "--dtype",
-        "float32",
-        "--repeats",
-        "1",
-    ]
-    assert kernel_bench.main([*options, "--implementation", "pallas_tpu"]) == 1
+    options = ["--op", "decode_attention", "--spec", "mha", "--dtype", "bfloat16"]
+    named = ["--repeats", "1", "--implementation", "pallas_tpu"]
+    assert kernel_bench.main([*options, *named]) == 1
     assert "WRONG" in capsys.readouterr().out
 
 
@@ -105,6 +109,31 @@ def test_the_loop_gives_what_one_call_gives_and_runs_every_round():
     assert 0.0 < seconds < 1.0
     np.testing.assert_array_equal(result[0], x * x)
     assert result[1] == 28.0
+
+
+def test_a_loop_hands_what_an_op_changes_from_round_to_round():
+    x, cache = jnp.arange(8.0), jnp.zeros(3, jnp.int32)
+
+    def op(x, cache):
+        return cache[1], (x, cache.at[1].add(1))
+
+    _, (result, (same, written)) = state_loop_seconds(op, x, cache, repeats=2, least_s=1e-4)
+    # At least one round in each of four loops, and of three more that are as long as was asked for.
+    assert written[1] == result + 1 >= 7
+    np.testing.assert_array_equal(same, x)
+    np.testing.assert_array_equal(cache, 0)  # what was given stays
+
+
+def test_decoding_is_timed_with_the_entry_that_it_writes():
+    (spec,) = (spec for spec in SPECS if spec.name == "gqa3")
+    op = kernel_bench.OPS["decode_attention"]
+    q, _, _, positions, query, _, new = inputs = op.inputs(spec, jnp.float32)
+    out, (_, k, _, written, *_) = op.bind(spec, "xla")(*inputs)
+    assert out.shape == q.shape
+    row, slot = 1, int(new.slot[1])
+    np.testing.assert_array_equal(k[row, :, slot], new.k[row])
+    assert (written[row, :, slot] == query[row]).all()
+    assert (written != positions).sum() <= 2 * spec.cache_heads  # the last row has no entry
 
 
 def test_bandwidth_counts_reads_and_writes_of_the_same_memory(monkeypatch):
