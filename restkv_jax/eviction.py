@@ -36,8 +36,8 @@ def evict_full(
     """Brings rows that are full down to the budget, in all layers that keep all of their past.
 
     Nothing is computed while no row is, which is decided once for all layers: on GPU, a host waits
-    for each decision. On a mesh it is decided layer by layer, where each device has its own rows,
-    so that devices need not ask each other.
+    for each decision. Devices that split the rows ask each other for one bit then; where some row
+    is full, each of them evicts only if one of its own is.
 
     The model runs on nothing, as only it knows its output projections; what it computes besides
     them is used by nobody, and left out by XLA.
@@ -109,10 +109,7 @@ def evict_full(
     if not needed:
         return cache
     cache = _with_queries(cache, [None] * len(queries))
-    if on_mesh:
-        cache = evict_layers(cache)
-    else:
-        cache = _once(functools.reduce(jnp.logical_or, needed), evict_layers, cache)
+    cache = _once(functools.reduce(jnp.logical_or, needed), evict_layers, cache)
     return _with_queries(cache, queries)
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 TOPOLOGIES = {"TPU v5e": "v5e:2x2", "TPU v6e": "v6e:2x2"}
 
@@ -61,12 +63,27 @@ needs_cuda_plugin = pytest.mark.skipif(
 )
 
 
-def device(kind: str) -> Any:
-    """A context in which programs are for one device of this kind."""
+@contextlib.contextmanager
+def users_settings() -> Iterator[None]:
+    """In it, programs are compiled as a user's are; `tests/conftest.py` is for those that run."""
+    of_tests = jax.config.read("jax_disable_most_optimizations")
+    try:
+        jax.config.update("jax_disable_most_optimizations", False)
+        with jax.default_matmul_precision(None):
+            yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", of_tests)
+
+
+@contextlib.contextmanager
+def device(kind: str) -> Iterator[None]:
+    """In it, programs are for one device of this kind, and compiled as a user's are."""
     platform = "tpu" if kind.startswith("TPU") else "gpu"
     cores = 1 if platform == "tpu" else None
     of = AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
-    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=of))
+    mesh = AbstractMesh((), (), abstract_device=of)
+    with users_settings(), jax.sharding.use_abstract_mesh(mesh):
+        yield
 
 
 def lowered(f: Callable[..., Any], *args: Any, kind: str = "TPU v5e") -> str:
@@ -86,9 +103,22 @@ def compiled(f: Callable[..., Any], *args: Any, kind: str, **jit: Any) -> jax.st
         return jax.jit(f, **jit).trace(*args).lower().compile()
 
 
+def compiled_on_mesh(f: Callable[..., Any], *args: Any, kind: str, **jit: Any) -> Any:
+    """The same for several devices; the arguments' shapes have shardings on a `mesh` of them."""
+    platform = "tpu" if kind.startswith("TPU") else "cuda"
+    with users_settings():
+        return jax.jit(f, **jit).trace(*args).lower(lowering_platforms=(platform,)).compile()
+
+
+def mesh(kind: str) -> Mesh:
+    """Two devices along the batch times two along the heads."""
+    axes = ("data", "model")
+    return Mesh(np.reshape(devices(kind), (2, 2)), axes, axis_types=(AxisType.Auto,) * 2)
+
+
 @functools.cache
 def devices(kind: str) -> list[Any]:
-    """Those of a small TPU slice, or one GPU, for which programs can be compiled."""
+    """Four of a kind, for which programs can be compiled."""
     from jax.experimental import topologies
 
     if kind == GPU:
@@ -96,7 +126,7 @@ def devices(kind: str) -> list[Any]:
         (cuda,) = importlib.import_module("nvidia.cu13").__path__
         os.environ["PATH"] = os.pathsep.join([f"{cuda}/bin", os.environ["PATH"]])
         return topologies.get_topology_desc(
-            platform="cuda", target_config=_GPU_CONFIG, topology="1x1x1"
+            platform="cuda", target_config=_GPU_CONFIG, topology="1x1x4"
         ).devices
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",

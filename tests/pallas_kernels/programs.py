@@ -6,6 +6,7 @@ an H200: launches of a decode step, and memory of a prefill of 131,072 tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
@@ -15,19 +16,23 @@ import jax.numpy as jnp
 from experiments.efficiency.subject import RANDOM
 from models import Llama, ModelConfig
 from models.matmul import matmul
+from models.registry import make_network
+from models.sharding import weight_sharding
 from pallas_kernels.quantized import QuantArray
 from restkv_jax.cache import init_cache
 from restkv_jax.decode import (
     CachePlan,
     Full,
+    MeshRules,
     RestKV,
+    ShardedLM,
     decode_chunk,
     init_decode,
     prefill,
     row_keys,
     with_output_factors,
 )
-from tests.pallas_kernels.lowering import GPU, compiled
+from tests.pallas_kernels.lowering import GPU, compiled, compiled_on_mesh, mesh
 
 # Instructions that become no kernel.
 _FREE = re.compile(r" (get-tuple-element|parameter|bitcast|constant|tuple|after-all)\(")
@@ -35,10 +40,30 @@ _FREE = re.compile(r" (get-tuple-element|parameter|bitcast|constant|tuple|after-
 
 def model_of_8b(layers):
     """With layers of the shape of those of Llama-3.1-8B, in bfloat16."""
-    config = ModelConfig.from_hf(
+    config = _config_of_8b(layers)
+    return jax.eval_shape(lambda: with_output_factors(Llama.init(config, dtype=jnp.bfloat16)))
+
+
+def sharded_model_of_8b(layers, kind):
+    """The same on a mesh of four devices."""
+    rules = MeshRules(mesh(kind))
+    place = weight_sharding(rules)
+
+    def weight(path, shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place(path, shape))
+
+    factored = model_of_8b(layers)
+    by_head = rules.sharding("query_heads")
+    factors = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_head) for x in factored.factors]
+    network = make_network(_config_of_8b(layers), weight)
+    factored = dataclasses.replace(factored, model=network, factors=tuple(factors))
+    return ShardedLM(model=factored, rules=rules)
+
+
+def _config_of_8b(layers):
+    return ModelConfig.from_hf(
         {**RANDOM["llama-3.1-8b"], "num_hidden_layers": layers, "vocab_size": 1024}
     )
-    return jax.eval_shape(lambda: with_output_factors(Llama.init(config, dtype=jnp.bfloat16)))
 
 
 FULL = CachePlan(policy=Full(), headroom=0)
@@ -58,14 +83,24 @@ def decode_loop(model, *, batch, columns, kind, plan=FULL):
     def run(model, state):
         return decode_chunk(model, state, never, steps=4)
 
-    state = jax.eval_shape(start)
-    return compiled(run, model, state, kind=kind, donate_argnums=1), state.cache.stacks[0]
+    state, compile_for = jax.eval_shape(start), compiled
+    if isinstance(model, ShardedLM):
+        compile_for, shardings = compiled_on_mesh, model.rules.shardings(state)
+        state = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            state,
+            shardings,
+        )
+    return compile_for(run, model, state, kind=kind, donate_argnums=1), state.cache.stacks[0]
 
 
 def copies_of(program, stack):
     """Lines of the program that copy all of a stack's keys, values, positions or scales."""
-    shape = ",".join(map(str, stack.positions.shape))
-    names = f"[{shape},{stack.k.shape[-1]}]", f"[{shape}]"
+    positions, size = stack.positions, stack.k.shape[-1]
+    of_device = getattr(positions, "sharding", None)
+    local = of_device.shard_shape(positions.shape) if of_device else positions.shape
+    shape = ",".join(map(str, local))
+    names = f"[{shape},{size}]", f"[{shape}]"
     lines = (line.strip() for line in program.as_text().splitlines() if " copy(" in line)
     return [line for line in lines if any(name in line.split(" copy(")[0] for name in names)]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from tests.pallas_kernels.programs import (
     loop_over_int8_weights,
     model_of_8b,
     prefill_of_128k,
+    sharded_model_of_8b,
 )
 from tests.restkv_jax import tiny
 
@@ -116,6 +118,31 @@ def test_eviction_asks_the_host_once_a_step():
     program, stack = decode_loop(model, batch=3, columns=1024, kind=GPU, plan=plan)
     assert program.as_text().count(" while(") == 2  # of steps, and of eviction
     assert copies_of(program, stack) == []
+
+
+@pytest.mark.parametrize("evicts", [False, True])
+def test_decoding_on_four_gpus(evicts):
+    """Two split the rows and two the heads: each runs its kernels on its own, in place.
+
+    They talk as the model needs, and where rows are split once a step about eviction.
+    """
+    layers = 3
+    plan = CachePlan(policy=SnapKV(), budget=256, decode_budget=256, evict_every=64)
+    program, stack = decode_loop(
+        sharded_model_of_8b(layers, GPU),
+        batch=4,
+        columns=1168,
+        kind=GPU,
+        plan=plan if evicts else FULL,
+    )
+    text = program.as_text()
+    assert text.count('custom_call_target="triton_kernel_call') == 2 * layers * (1 + evicts)
+    assert copies_of(program, stack) == []
+    # Behind two projections of each layer, for the embedding, and for what is sampled.
+    assert len(re.findall(r" all-reduce(-start)?\(", text)) == 2 * layers + 2 + evicts
+    assert len(re.findall(r" = pred\[\] all-reduce(-start)?\(", text)) == evicts
+    # One loop of steps; around all layers, and within it for the rows of this device.
+    assert text.count(" while(") == 1 + (1 + layers) * evicts
 
 
 @pytest.mark.parametrize(("batch", "most"), [(1, 17), (16, 15)])

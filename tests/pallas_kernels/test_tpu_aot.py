@@ -7,10 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention.specs import SPECS
@@ -24,7 +21,13 @@ from restkv_jax.layer import layer_inputs
 from restkv_jax.policies import RestKV, SnapKV
 from restkv_jax.prompt_attention import causal_attention
 from restkv_jax.sharding import ShardedLM
-from tests.pallas_kernels.lowering import TOPOLOGIES, compiled, devices, needs_libtpu
+from tests.pallas_kernels.lowering import (
+    TOPOLOGIES,
+    compiled,
+    compiled_on_mesh,
+    mesh,
+    needs_libtpu,
+)
 from tests.pallas_kernels.programs import (
     FULL,
     copies_of,
@@ -128,19 +131,18 @@ def test_splash_attention(columns, spec, kind):
 
 def test_a_sharded_prefill_holds_all_kernels():
     """Two devices split the batch and two the heads: each runs its kernels on its own."""
-    auto = (AxisType.Auto,) * 2
-    mesh = Mesh(np.reshape(devices("TPU v5e"), (2, 2)), ("data", "model"), axis_types=auto)
+    rules = MeshRules(mesh("TPU v5e"))
     model = tiny.cast(tiny.make(layers=1, heads=8, kv_heads=4, size=64, width=128), jnp.bfloat16)
 
     def on(x, *axes):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(*axes)))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rules.sharding(*axes))
 
-    sharded = jax.tree.map(on, ShardedLM(model=model, rules=MeshRules(mesh)))
+    sharded = jax.tree.map(on, ShardedLM(model=model, rules=rules))
     tokens = jnp.zeros((2, 512), jnp.int32)
     plan = CachePlan(policy=SnapKV(), budget=64)
-    run = jax.jit(functools.partial(prefill, plans=(plan,)))
-    traced = run.trace(sharded, on(tokens, "data"), on(tokens == 0, "data"))
-    program = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    run = functools.partial(prefill, plans=(plan,))
+    args = sharded, on(tokens, "batch"), on(tokens == 0, "batch")
+    program = compiled_on_mesh(run, *args, kind="TPU v5e").as_text()
     calls = [
         line for line in program.splitlines() if 'custom_call_target="tpu_custom_call"' in line
     ]
