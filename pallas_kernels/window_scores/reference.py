@@ -1,13 +1,16 @@
 """Windowed reconstruction scores in plain XLA: specification, fallback and oracle.
 
 The window is the last W queries; query row w of W sits at key column T - W + w. Everything is
-float32 inside. Two habits keep the scores exact where float32 would not be:
+float32 inside, products too, which TPUs and GPUs would round to bfloat16 and TF32 by default. Two
+habits keep the scores exact where float32 would not be:
 
 * The distance ‖(o - v) W_O‖ is taken of a difference, never expanded into ‖o‖² - 2 o·v + ‖v‖².
 * Only one key of a row can hold more than half of its weight. For that *dominant* key 1 - A and
   o - v both vanish as A -> 1, so they are summed over the other keys instead:
   A / (1 - A) · ‖o - v_n‖ = A · ‖o_without_n - v_n‖, with o_without_n the attention output that is
   left when key n is taken away.
+
+Derivatives are finite: where a distance or a sum of weights is 0, theirs is 0.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from pallas_kernels.window_scores.form import ScoreForm
 
 # The smallest normal float32: below it a sum of weights counts as nothing at all.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
+# Of products of float32; those of bfloat16 are exact in any case.
+_FLOAT32 = jax.lax.Precision.HIGHEST
 
 
 def window_scores(
@@ -68,7 +73,7 @@ def over_queries(
     transposes x.
     """
     rows = jnp.broadcast_to(row_weights, (*x.shape[:-2], 1, x.shape[-2]))
-    return jnp.matmul(rows, x, precision=jax.lax.Precision.HIGHEST)[..., 0, :]
+    return jnp.matmul(rows, x, precision=_FLOAT32)[..., 0, :]
 
 
 def window_visible(
@@ -125,7 +130,9 @@ def window_logits(
     """
     batch, heads, window, size = q.shape
     grouped = q.reshape(batch, k.shape[1], -1, window, size)
-    logits = scale * jnp.einsum("bkgwh,bkth->bkgwt", grouped, k, preferred_element_type=jnp.float32)
+    logits = scale * jnp.einsum(
+        "bkgwh,bkth->bkgwt", grouped, k, precision=_FLOAT32, preferred_element_type=jnp.float32
+    )
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     return jnp.where(visible[:, :, None], logits, -jnp.inf).reshape(batch, heads, window, -1)
@@ -146,7 +153,8 @@ def window_attention(
     logits = window_logits(q, k, visible, scale=scale, softcap=softcap)
     peak = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
-    return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), _TINY)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(total == 0.0, 1.0, total)
 
 
 def window_outputs(
@@ -155,7 +163,9 @@ def window_outputs(
     """Weighted sums of the values, o = A v, float32."""
     batch, heads, *rows, keys = weights.shape
     grouped = weights.reshape(batch, v.shape[1], -1, keys)
-    out = jnp.einsum("bkrt,bkth->bkrh", grouped, v, preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "bkrt,bkth->bkrh", grouped, v, precision=_FLOAT32, preferred_element_type=jnp.float32
+    )
     return out.reshape(batch, heads, *rows, v.shape[-1])
 
 
@@ -187,18 +197,17 @@ def aggregated_reconstruction(
     past = columns - window
     dominant = jax.nn.one_hot(jnp.argmax(weights[..., :past], -1), columns, dtype=bool)
     remaining = jnp.sum(jnp.where(dominant, 0.0, weights), axis=-1)  # 1 - ā of the dominant key
-    remaining = jnp.maximum(remaining, _TINY)
     # From here on the window's own keys weigh nothing. A slice would copy the values.
     weights = jnp.where(jnp.arange(columns) < past, weights, 0.0)
     rest = jnp.where(dominant, 0.0, weights)
     output = window_outputs(weights, v)
     scores = weights / (1.0 - rest) * _distance(output, v, factor) ** tau
 
-    without = window_outputs(rest / remaining[..., None], v)
+    without = window_outputs(_divided(rest, remaining), v)
     weight = jnp.sum(jnp.where(dominant, weights, 0.0), axis=-1)
     gap = without - window_outputs(dominant.astype(jnp.float32), v)
-    norm = jnp.linalg.norm(jnp.einsum("bnh,nhr->bnr", gap, factor), axis=-1)
-    exact = weight * remaining ** (tau - 1.0) * norm**tau
+    norm = _norm(jnp.einsum("bnh,nhr->bnr", gap, factor, precision=_FLOAT32))
+    exact = weight * _at_least_tiny(remaining) ** (tau - 1.0) * norm**tau
     return jnp.where(dominant, exact[..., None], scores)[..., :past]
 
 
@@ -235,17 +244,17 @@ def per_query_reconstruction(
 
     def head(args: tuple[Array, Array, Array]) -> Array:
         a, r, kv_head = args  # [B, W, T], [H, R], []
-        values = jnp.take(v, kv_head, axis=1).astype(jnp.float32) @ r  # [B, T, R]
+        values = _product(jnp.take(v, kv_head, axis=1).astype(jnp.float32), r)  # [B, T, R]
         dominant = jax.nn.one_hot(jnp.argmax(a, -1), a.shape[-1], dtype=bool)
         rest = jnp.where(dominant, 0.0, a)
-        output = a @ values
+        output = _product(a, values)
         error = a / (1.0 - jnp.where(dominant, 0.0, a)) * _pairwise_distance(output, values)
-        remaining = jnp.maximum(jnp.sum(rest, axis=-1, keepdims=True), _TINY)
-        gap = (rest / remaining) @ values - dominant.astype(jnp.float32) @ values
-        exact = jnp.max(a, axis=-1, keepdims=True) * jnp.linalg.norm(gap, axis=-1, keepdims=True)
-        error = jnp.where(dominant, exact, error)
+        without = _product(_divided(rest, jnp.sum(rest, axis=-1)), values)
+        gap = without - _product(dominant.astype(jnp.float32), values)
+        peak = jnp.max(a, axis=-1, keepdims=True)
+        error = jnp.where(dominant, peak * _norm(gap)[..., None], error)
         if relative:
-            error /= jnp.maximum(jnp.linalg.norm(output, axis=-1, keepdims=True), _TINY)
+            error = jnp.where(peak > 0.0, error / _at_least_tiny(_norm(output))[..., None], 0.0)
         error = error[..., :past] ** power
         if row_weights is None:
             return jnp.max(error, axis=1)
@@ -264,7 +273,7 @@ def _distance(
 
     def head(args: tuple[Array, Array, Array]) -> Array:
         o, r, kv_head = args
-        return jnp.linalg.norm((o[:, None] - jnp.take(v, kv_head, axis=1)) @ r, axis=-1)
+        return _norm(_product(o[:, None] - jnp.take(v, kv_head, axis=1), r))
 
     kv_heads = jnp.arange(output.shape[1]) // group
     return jnp.moveaxis(jax.lax.map(head, (jnp.moveaxis(output, 1, 0), factor, kv_heads)), 0, 1)
@@ -279,4 +288,33 @@ def _pairwise_distance(x: Float[Array, "B W R"], y: Float[Array, "B T R"]) -> Fl
         return total + jnp.square(a[:, :, None] - b[:, None, :]), None
 
     zero = jnp.zeros((*x.shape[:2], y.shape[1]), jnp.float32)
-    return jnp.sqrt(jax.lax.scan(add, zero, (x_columns, y_columns), unroll=8)[0])
+    return _root(jax.lax.scan(add, zero, (x_columns, y_columns), unroll=8)[0])
+
+
+def _product(x: Float[Array, "*B M R"], y: Float[Array, "*B R C"]) -> Float[Array, "*B M C"]:
+    return jnp.matmul(x, y, precision=_FLOAT32)
+
+
+def _norm(x: Float[Array, "*B R"]) -> Float[Array, "*B"]:
+    return _root(jnp.sum(jnp.square(x), axis=-1))
+
+
+def _root(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """√x, whose derivative at 0 is taken for 0."""
+    positive = x > 0.0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
+
+
+def _divided(x: Float[Array, "*B T"], total: Float[Array, "*B"]) -> Float[Array, "*B T"]:
+    """Weights over a sum that holds them; 0 if it is.
+
+    Both are scaled to about 1 before, as the derivative of a quotient divides by a square.
+    """
+    some = (total > _TINY)[..., None]
+    scale = jnp.where(some, jax.lax.stop_gradient(total)[..., None], 1.0)
+    return jnp.where(some, x / scale, 0.0) / jnp.where(some, total[..., None] / scale, 1.0)
+
+
+def _at_least_tiny(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """A divisor; what is below counts as a constant."""
+    return jnp.where(x > _TINY, x, _TINY)

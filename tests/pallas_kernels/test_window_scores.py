@@ -77,33 +77,38 @@ def heavy_attention(rest):
     return q, k, v, factor
 
 
-def heavy_case(kind, rest):
-    """Arguments, form and the scores by the equations in float64, where 1 - A has nine digits."""
-    q, k, v, factor = heavy_attention(rest)
-    # The first row looks elsewhere, with as little weight as the others leave.
-    mean = np.asarray([rest, 0.4, 0.6 - rest], np.float32)
+def scores_in_float64(kind, q, k, v, factor, mean):
+    """By the equations; 1 - A is a sum over the other keys."""
+    q, k, v, factor, w = (np.asarray(x, np.float64) for x in (q, k, v, factor, mean))
     past = COLUMNS - WINDOW
-    queries = COLUMNS - WINDOW + np.arange(WINDOW)
-    logits = q.astype(float) @ k[:, :1].astype(float).swapaxes(-1, -2)
-    logits[..., np.arange(COLUMNS) > queries[:, None]] = -np.inf
+    logits = q @ k[:, :1].swapaxes(-1, -2)
+    logits[..., np.arange(COLUMNS) > past + np.arange(WINDOW)[:, None]] = -np.inf
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     others = [np.delete(weights, n, -1).sum(-1) for n in range(COLUMNS)]
     total = weights.sum(-1)
     weights, left = weights / total[..., None], np.stack(others, -1) / total[..., None]
-    values, w = v[:, 0].astype(float), mean.astype(float)
-    w /= w.sum()  # float32 misses 1 by more than what is left at the sharpest
+    values = v[:, 0]
+    w = w / w.sum()  # float32 misses 1 by more than what is left at the sharpest
     if kind == "aggregated":
         weights, left = (np.einsum("bnwt,w->bnt", x, w)[:, :, None] for x in (weights, left))
         output = weights[..., :past] @ values[:, :past]
     else:
         output = weights @ values
-    gap = np.einsum("bnwth,nhr->bnwtr", output[..., None, :] - values, factor.astype(float))
-    expected = (weights / left * np.linalg.norm(gap, axis=-1))[..., :past]
-    expected = expected[:, :, 0] if kind == "aggregated" else np.einsum("bnwt,w->bnt", expected, w)
+    gap = np.einsum("bnwth,nhr->bnwtr", output[..., None, :] - values, factor)
+    scores = (weights / left * np.linalg.norm(gap, axis=-1))[..., :past]
+    return scores[:, :, 0] if kind == "aggregated" else np.einsum("bnwt,w->bnt", scores, w)
 
+
+def heavy_case(kind, rest):
+    """Arguments, form and the exact scores."""
+    arrays = heavy_attention(rest)
+    # The first row looks elsewhere, with as little weight as the others leave.
+    mean = np.asarray([rest, 0.4, 0.6 - rest], np.float32)
+    past = COLUMNS - WINDOW
+    places = (past + np.arange(WINDOW))[None], np.arange(COLUMNS)[None, None]
     form = ScoreForm(kind=kind, past=past, scale=1.0)
-    places = queries[None], np.arange(COLUMNS)[None, None]
-    return tuple(map(jnp.asarray, (q, k, v, factor, mean, *places))), form, expected
+    expected = scores_in_float64(kind, *arrays, mean)
+    return tuple(map(jnp.asarray, (*arrays, mean, *places))), form, expected
 
 
 @pytest.mark.parametrize("rest", [1e-2, 1e-5, 1e-7])
@@ -114,6 +119,58 @@ def test_a_key_with_nearly_all_weight_keeps_its_score(kind, rest):
     ours = run(*args, None)
     assert (np.argmax(ours, -1) == 5).all()
     np.testing.assert_allclose(ours, expected, rtol=3e-5)
+
+
+@pytest.mark.parametrize("kind", ["aggregated", "per_query"])
+def test_derivatives(kind):
+    """Along a direction, against differences of the equations in float64."""
+    (q, k, v, factor, mean, *places), form, _ = heavy_case(kind, 1e-2)
+    r = np.random.default_rng(1)
+    toward, of = r.standard_normal((1, HEADS, COLUMNS - WINDOW)), (q, k, v)
+    steps = [r.standard_normal(x.shape) for x in of]
+
+    def along(q, k, v):
+        return jnp.vdot(toward, window_scores(q, k, v, factor, mean, *places, form=form))
+
+    def at(h):
+        moved = (np.asarray(x, np.float64) + h * step for x, step in zip(of, steps, strict=True))
+        return np.vdot(toward, scores_in_float64(kind, *moved, factor, mean))
+
+    slopes = jax.jit(jax.grad(along, (0, 1, 2)))(*of)
+    ours = sum(np.vdot(x, step) for x, step in zip(slopes, steps, strict=True))
+    np.testing.assert_allclose(ours, (at(1e-5) - at(-1e-5)) / 2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("peak", [0.0, 30.0, 300.0])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "aggregated"},
+        {"kind": "per_query"},
+        {"kind": "per_query", "relative": True},
+        {"kind": "per_query", "power": 2.0},
+    ],
+    ids=str,
+)
+def test_derivatives_are_finite(options, peak):
+    """One key has all of the weight, a row holds two keys only, all values are the same."""
+    q, k, v, factor = map(jnp.asarray, heavy_attention(1e-2))
+    q = q.at[:, :, 1:, 0].set(peak)
+    mean, past = jnp.full(WINDOW, 1 / WINDOW), COLUMNS - WINDOW
+    form = ScoreForm(past=past, scale=1.0, **options)
+    queries, places = past + jnp.arange(WINDOW)[None], jnp.arange(COLUMNS)[None, None]
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1, 2, 3))
+    def slopes(q, k, v, factor, queries, places):
+        return jnp.sum(window_scores(q, k, v, factor, mean, queries, places, form=form))
+
+    short = COLUMNS - 2
+    two = jnp.where(queries < short, -1, queries), jnp.where(places < short, -1, places)
+    cases = (v, queries, places), (v, *two), (jnp.ones_like(v), queries, places)
+    for v, queries, places in cases:
+        found = slopes(q, k, v, factor, queries, places)
+        assert all(np.isfinite(x).all() for x in found)
 
 
 def arrays(length, dtype=np.float32):
