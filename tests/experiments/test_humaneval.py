@@ -8,6 +8,7 @@ import itertools
 import json
 import socket
 import statistics
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -66,19 +67,101 @@ def test_what_a_program_may_do(program, outcome):
     assert run_program(program, seconds=1 if outcome == "timeout" else 5) == outcome
 
 
-def test_files_elsewhere_stay_as_they_are(tmp_path):
-    file = tmp_path / "mine.txt"
-    file.write_text("mine")
-    for program in (
-        f"open({str(file)!r}, 'w')",
-        f"import os\nos.remove({str(file)!r})",
-        f"import os\nos.rename({str(file)!r}, 'here')",
-        f"import shutil\nshutil.rmtree({str(tmp_path)!r})",
-        f"import pathlib\npathlib.Path({str(tmp_path / 'new')!r}).mkdir()",
-    ):
-        assert run_program(program) == "failed"
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    assert file.read_text() == "mine"
+USES = "import io, os, pathlib, shutil, sqlite3, tempfile\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "open(there + '/file', 'w')",
+        "open(path / 'file', 'a')",
+        "(path / 'new').touch()",
+        "io.FileIO(path / 'file', 'w')",
+        "os.open('file', os.O_WRONLY | os.O_TRUNC, dir_fd=folder)",
+        "os.open('new', os.O_WRONLY | os.O_CREAT, dir_fd=folder)",
+        "tempfile.mkstemp(dir=path)",
+        "os.remove(there + '/file')",
+        "os.remove(os.fsencode(there) + b'/file')",
+        "(path / 'file').unlink()",
+        "os.remove('file', dir_fd=folder)",
+        "os.rmdir('empty', dir_fd=folder)",
+        "shutil.rmtree(there)",
+        "shutil.rmtree(path)",
+        "shutil.rmtree('full', dir_fd=folder)",
+        "os.chdir(path)\nos.remove('file')",
+        "os.rename(there + '/file', 'here')",
+        "os.rename('file', 'here', src_dir_fd=folder)",
+        "os.rename('own', 'file', dst_dir_fd=folder)",
+        "shutil.move(path / 'file', pathlib.Path('here'))",
+        "shutil.move(pathlib.Path('own'), path / 'new')",
+        "shutil.copy(pathlib.Path('own'), path)",
+        "(path / 'new').mkdir()",
+        "os.mkdir('new', dir_fd=folder)",
+        "os.symlink('own', 'new', dir_fd=folder)",
+        "os.link('file', 'here', src_dir_fd=folder)\nopen('here', 'w')",
+        "os.symlink(path / 'file', 'here')",
+        "os.truncate(path / 'file', 0)",
+        "os.chmod('file', 0o600, dir_fd=folder)",
+        "os.chmod(folder, 0o755)",
+        "os.utime('file', (0, 0), dir_fd=folder)",
+        "os.setxattr(path / 'file', 'user.new', b'x')",
+        "os.mkfifo(there + '/new')",
+        "os.mknod(there + '/new')",
+        "sqlite3.connect(there + '/new').execute('create table t (x)')",
+        "sqlite3.connect(path / 'new').execute('create table t (x)')",
+        "sqlite3.connect(f'file:{there}/new?mode=rwc', uri=True).execute('create table t (x)')",
+    ],
+)
+def test_files_elsewhere_stay_as_they_are(tmp_path, change):
+    for name in ("full", "empty"):
+        (tmp_path / name).mkdir()
+    for name in ("file", "full/inner"):
+        (tmp_path / name).write_text("mine")
+        (tmp_path / name).chmod(0o644)
+
+    def state():
+        return {
+            path: (path.stat().st_mode, path.stat().st_mtime_ns, path.is_dir() or path.read_text())
+            for path in [tmp_path, *tmp_path.rglob("*")]
+        }
+
+    before = state()
+    given = f"there = {str(tmp_path)!r}\npath = pathlib.Path(there)\n"
+    given += "folder = os.open(there, os.O_RDONLY)\nopen('own', 'w').close()\n"
+    refused = f"try:\n{textwrap.indent(change, '    ')}\nexcept PermissionError:\n    pass\n"
+    assert run_program(f"{USES}{given}{refused}else:\n    raise AssertionError") == "passed"
+    assert state() == before
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "with tempfile.TemporaryDirectory() as name:\n"
+        "    pathlib.Path(name, 'x').write_text('x')\n"
+        "assert not os.path.exists(name)",
+        "with tempfile.TemporaryFile() as x, tempfile.NamedTemporaryFile() as y:\n"
+        "    assert x.write(b'x') == y.write(b'x')",
+        "shutil.rmtree('a')\nassert not os.path.exists('a')",
+        "shutil.rmtree('b', dir_fd=folder)\nassert os.listdir('a') == ['file']",
+        "os.remove('file', dir_fd=folder)\nassert os.listdir('a') == ['b']",
+        "file = os.open('x', os.O_WRONLY | os.O_CREAT, dir_fd=folder)\n"
+        "os.write(open(file, 'wb', closefd=False).fileno(), b'xyz')\nos.ftruncate(file, 1)\n"
+        "os.chmod(file, 0o600)\nassert pathlib.Path('a/x').read_text() == 'x'",
+        "path = pathlib.Path('a/new')\npath.mkdir()\n(path / 'x').write_text('x')\n"
+        "(path / 'x').rename('y')\nassert pathlib.Path('y').read_text() == 'x'",
+        "shutil.copytree('a', 'c')\nshutil.move('c', 'd')\nshutil.make_archive('e', 'tar', 'd')\n"
+        "assert sorted(os.listdir()) == ['a', 'd', 'e.tar']",
+        "for name in (':memory:', 'x', f'file:{os.getcwd()}/y'):\n"
+        "    sqlite3.connect(name, uri=True).execute('create table t (x)')\n"
+        "assert sorted(os.listdir()) == ['a', 'x', 'y']",
+        "import shelve\nwith shelve.open('x') as x:\n    x['a'] = 1\n"
+        "with shelve.open('x') as x:\n    assert x['a'] == 1",
+    ],
+)
+def test_files_of_its_own_are_free(work):
+    given = "os.makedirs('a/b')\nopen('a/file', 'w').close()\nopen('a/b/file', 'w').close()\n"
+    given += "folder = os.open('a', os.O_RDONLY)\n"
+    assert run_program(f"{USES}{given}{work}") == "passed"
 
 
 def test_there_is_no_network():
