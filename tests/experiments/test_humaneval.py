@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import math
 import socket
 import statistics
 import textwrap
@@ -16,8 +17,10 @@ import pytest
 from experiments.core.errors import UserError, run_main
 from experiments.core.files import parse_jsonl
 from experiments.core.prompts import Prompting, build_prompt
+from experiments.core.uncertainty import summarise
+from experiments.export import export
 from experiments.humaneval import scoring
-from experiments.humaneval.__main__ import main, pass_table
+from experiments.humaneval.__main__ import main
 from experiments.humaneval.problems import SMALL, build_sets, parse_problem, read_problems
 from experiments.humaneval.sandbox import run_program
 from experiments.humaneval.scoring import (
@@ -25,6 +28,7 @@ from experiments.humaneval.scoring import (
     executed_score,
     parsed_score,
     pass_at_k,
+    problem_scores,
     program_of,
 )
 from models import sources as wheels
@@ -191,12 +195,28 @@ def test_pass_at_k_by_hand():
             pass_at_k(n, c, k)
 
 
-def test_a_table_groups_the_samples_of_a_problem():
-    sets = small_sets(samples=2)
-    scores = {"full": {"600": [100.0, 0.0, 0.0, 0.0, 100.0, 100.0, *[0.0] * 6]}}
-    table = pass_table(scores, sets, 2, (1, 2))
-    # pass@1: (1/2 + 0 + 1) / 6, pass@2: (1 + 0 + 1) / 6.
-    assert table.rows == (("600 pass@1", "25.00"), ("600 pass@2", "33.33"))
+def test_scores_are_of_problems_by_hand():
+    scores = {"full": {"600": [100.0, 0.0, 0.0, 0.0, 100.0, 100.0]}}
+    assert problem_scores(scores, 2, {"": 1, " pass@2": 2}) == {
+        "full": {"600": [50.0, 0.0, 100.0], "600 pass@2": [100.0, 0.0, 100.0]}
+    }
+
+
+def test_samples_of_a_problem_are_not_independent():
+    # Ten problems of 20 samples each, all right or all wrong: six are right, and one more.
+    right = {"full": 6, "restkv": 7}
+    scores = {
+        policy: {"600": [100.0] * 20 * n + [0.0] * 20 * (10 - n)} for policy, n in right.items()
+    }
+    result = summarise(problem_scores(scores, 20, {" pass@1": 1, " pass@10": 10}))
+    (pair,) = result["paired"]
+    for name in ("600 pass@1", "600 pass@10"):
+        assert (result["score"]["full"][name], result["n"]["full"][name]) == (60, 10)
+        # Variance (6 * 40^2 + 4 * 60^2) / 9; over the 200 samples the error would be 3.47.
+        assert result["standard_error"]["full"][name] == round(math.sqrt(24000 / 9 / 10), 2)
+        # A draw of ten has the one problem that differs a binomial number of times: above 3 in
+        # 1.3 % of the draws, above 2 in 7.0 %.
+        assert pair["sets"][name] == {"difference": 10, "low": 0, "high": 30, "n": 10}
 
 
 def test_completions_end_before_the_next_statement():
@@ -289,13 +309,19 @@ def run(out, *extra):
 
 def test_nothing_is_run_unless_it_is_allowed(tmp_path, capsys, monkeypatch):
     ran = []
-    monkeypatch.setattr(scoring, "run_program", lambda program: ran.append(program) or "passed")
+
+    def pretend(program):
+        ran.append(program)
+        return "passed" if "def add_one" in program else "failed"
+
+    monkeypatch.setattr(scoring, "run_program", pretend)
     sampling = ["--samples", "2", "--temperature", "1", "--k", "1,2"]
     assert run(tmp_path / "run", *sampling) == 0
     printed = capsys.readouterr().out
     assert "nothing is executed" in printed
     assert "completions that are Python" in printed
     assert ran == []
+    assert json.loads((tmp_path / "run/result.json").read_text())["n"]["full"] == {"256": 2}
     lines = (tmp_path / "run/pred/full/256.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["task_id"] for row in rows] == ["small/add_one"] * 2 + ["small/is_even"] * 2
@@ -304,8 +330,15 @@ def test_nothing_is_run_unless_it_is_allowed(tmp_path, capsys, monkeypatch):
     assert run(tmp_path / "run", *sampling, "--allow-code-execution") == 0
     printed = capsys.readouterr().out
     assert "EXECUTES" in printed
-    assert "256 pass@2" in printed
     assert len(ran) == 4
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["n"]["full"] == {"256 pass@1": 2, "256 pass@2": 2}
+    assert result["score"]["full"] == {"256 pass@1": 50, "256 pass@2": 50}
+    assert result["standard_error"]["full"] == {"256 pass@1": 50, "256 pass@2": 50}
+    (line,) = (line for line in printed.splitlines() if line.strip().startswith("256 pass@2"))
+    assert line.split()[2:] == ["2", "50.00", "±", "50.00"]
+    (folder,) = export(tmp_path / "run", tmp_path / "exported")
+    assert json.loads((folder / "metrics.json").read_text()) == result["score"]["full"]
 
 
 @pytest.mark.parametrize(
