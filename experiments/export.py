@@ -87,7 +87,12 @@ def export(results: Path, out: Path) -> list[Path]:
             )
             folder = out / re.sub(r"[^A-Za-z0-9._=+-]", "-", "__".join(parts))
             write_atomic(folder / "predictions.csv", _csv(rows))
-            found = {name.rpartition("/")[2]: scores["score"][policy][name] for name in names}
+            # A set may have several scores, with a word behind its name.
+            found = {
+                name.rpartition("/")[2]: score
+                for name, score in scores["score"][policy].items()
+                if name in names or name.rpartition(" ")[0] in names
+            }
             write_atomic(folder / "metrics.json", dump_json(_metrics(found, config["benchmark"])))
             settings = {
                 "dataset": config["benchmark"],

@@ -19,7 +19,7 @@ from experiments.core.plans import describe_plan, make_plan
 from experiments.core.prompts import Prompting, build_prompt
 from experiments.core.results import Record, folder_name, prediction_row
 from experiments.core.runner import Ask, Score, generating
-from experiments.core.session import Finish, describe_sets, run_session
+from experiments.core.session import Finish, Regroup, describe_sets, run_session
 from experiments.core.table import print_tables
 from experiments.core.tasks import TaskSet
 from experiments.core.uncertainty import Average
@@ -57,6 +57,7 @@ class Benchmark:
         digits: decimals of the scores.
         record: format of the prediction files.
         finish: adds the benchmark's own files and tables to those of a finished run.
+        regroup: see `session.run_session`.
         settings: the runner's own options that influence a prediction, as plain JSON values.
     """
 
@@ -69,6 +70,7 @@ class Benchmark:
     digits: int = 2
     record: Record = prediction_row
     finish: Finish | None = None
+    regroup: Regroup | None = None
     settings: Mapping[str, Any]
 
 
@@ -149,6 +151,7 @@ def run_benchmark(
         digits=benchmark.digits,
         record=benchmark.record,
         finish=benchmark.finish,
+        regroup=benchmark.regroup,
     )
     print_tables(tables)
     print(f"results: {folder}")

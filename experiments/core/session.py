@@ -25,6 +25,9 @@ from experiments.core.uncertainty import Average, Scores
 
 # What a benchmark adds to the results of a finished run: files in the folder, further tables.
 Finish = Callable[[ResultStore, Scores], Sequence[TextTable]]
+# Scores of rows to those of what is independent, where several rows belong together. A set may have
+# several: a word stands behind its name.
+Regroup = Callable[[Scores], Scores]
 
 
 def describe_sets(sets: Sequence[TaskSet]) -> dict[str, Any]:
@@ -59,6 +62,7 @@ def run_session(
     digits: int = 2,
     record: Record = prediction_row,
     finish: Finish | None = None,
+    regroup: Regroup | None = None,
     progress: RunProgress | None = None,
 ) -> list[TextTable]:
     """Runs, or goes on with, one evaluation.
@@ -80,6 +84,7 @@ def run_session(
         digits: decimals of the scores.
         record: format of the prediction files.
         finish: adds the benchmark's own files and tables at the end.
+        regroup: makes what errors, n and differences are of; None takes every row for itself.
         progress: shows the progress; a default one if None.
 
     Returns:
@@ -122,7 +127,8 @@ def run_session(
                     evaluate(sets, cohorts, ask=ask, store=store, progress=shown)
             scores = score_run(sets, policies, store, score)
             own = finish(store, scores) if finish is not None else ()
-            result = store.write_result(scores, averages, digits)
+            units = scores if regroup is None else regroup(scores)
+            result = store.write_result(units, averages, digits)
             timings = {
                 policy: [row for task in sets for row in store.timings(policy, task.spec.name)]
                 for policy in policies

@@ -17,16 +17,14 @@ from experiments.core.program import (
     read_policies,
     run_benchmark,
 )
-from experiments.core.table import TextTable
-from experiments.core.tasks import Row, TaskSet
-from experiments.core.uncertainty import Scores
+from experiments.core.tasks import Row
 from experiments.humaneval.cli import build_parser
 from experiments.humaneval.problems import build_sets, read_problems
 from experiments.humaneval.scoring import (
     cut_completion,
     executed_score,
     parsed_score,
-    pass_at_k,
+    problem_scores,
 )
 
 
@@ -64,9 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             else "nothing is executed without --allow-code-execution"
         ],
     )
+    what = "pass@k" if run else "completions that are Python"
+    measures = {f" pass@{k}": k for k in args.k} if run else {"": 1}
     benchmark = Benchmark(
         name="humaneval",
-        title="completions that pass their tests, %" if run else "completions that are Python, %",
+        title=f"{what}, % (n counts problems)",
         sets=sets,
         averages=[],
         how=Generation(
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         score=executed_score if run else parsed_score,
         record=sample_row,
-        finish=lambda _, scores: [pass_table(scores, sets, args.samples, args.k)] if run else [],
+        regroup=lambda scores: problem_scores(scores, args.samples, measures),
         settings={"samples": args.samples, "temperature": args.temperature},
     )
     return run_benchmark(args, language_model, policies, benchmark)
@@ -90,31 +90,6 @@ def sample_row(row: Row, index: int, prediction: str) -> dict[str, Any]:
         "pred": prediction,
         "index": index,
     }
-
-
-def pass_table(
-    scores: Scores, sets: Sequence[TaskSet], samples: int, ks: Sequence[int]
-) -> TextTable:
-    """pass@k of each length and policy: the mean over the problems.
-
-    Args:
-        scores: of each row, a problem's samples standing together.
-        sets: one for each length.
-        samples: of each problem.
-        ks: which k.
-    """
-    rows = []
-    for task in sets:
-        name = task.spec.name
-        for k in ks:
-            cells = []
-            for policy in scores:
-                values = scores[policy][name]
-                groups = [values[i : i + samples] for i in range(0, len(values), samples)]
-                passed = [pass_at_k(samples, sum(v > 0 for v in group), k) for group in groups]
-                cells.append(f"{100 * sum(passed) / len(passed):.2f}")
-            rows.append((f"{name} pass@{k}", *cells))
-    return TextTable("pass@k, %", ("length", *scores), tuple(rows))
 
 
 if __name__ == "__main__":

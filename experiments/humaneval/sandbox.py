@@ -1,13 +1,18 @@
 """Runs a program that nobody has read, in a process of its own and with little to work with.
 
-This keeps accidents small. It is NOT a security sandbox: a program that wants to can still read any
-file that its user can read, and may find a way around the rest. Run untrusted models in a container
-or a virtual machine that holds nothing of worth.
+This keeps accidents small. It is NOT a security sandbox. Run untrusted models in a container or a
+virtual machine that holds nothing of worth.
 
 What there is: another process and process group, killed at the time limit; limits on processor
 time, memory, size and number of files; an empty temporary folder to work in, removed afterwards; an
 empty environment; no network, by a namespace of its own where the system allows it, and by a hook
-that refuses sockets; the same hook refuses to start programs and to change files elsewhere.
+that refuses sockets; the same hook refuses to start programs and to change files elsewhere, be they
+named by text, by `Path`, or by a folder that is open (looked up in /proc: without it, refused too).
+
+What there is not: a program can read any file that its user can read. Python tells the hook of the
+calls of `os`, `open` and `sqlite3.connect`, not of files that native code opens on its own account,
+such as those that SQL attaches and shared memory. And a program that looks for a way around the
+hook finds one, as both live in one interpreter.
 """
 
 from __future__ import annotations
@@ -48,22 +53,44 @@ for name, most in (
     except (AttributeError, OSError, ValueError):
         pass
 home = os.path.realpath(os.getcwd()) + os.sep
-changes = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.link",
-           "os.symlink", "os.truncate", "os.utime", "shutil.")
 starts = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork",
           "os.kill", "os.putenv", "ctypes.", "pty.")
 writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-outside = lambda path: not (os.path.realpath(os.fsdecode(path)) + os.sep).startswith(home)
-def refuse(event, args, outside=outside, starts=starts, changes=changes, writes=writes):
-    if event.startswith(starts):
+# Where an event names its paths, and the open folder (`dir_fd`) that each is relative to.
+# What `shutil` changes, it changes by these.
+changes = {
+    "os.remove": {0: 1}, "os.rmdir": {0: 1}, "os.mkdir": {0: 2}, "os.chmod": {0: 2},
+    "os.chown": {0: 3}, "os.utime": {0: 3}, "os.rename": {0: 2, 1: 3}, "os.link": {0: 2, 1: 3},
+    "os.symlink": {0: 2, 1: 2}, "os.truncate": {0: None}, "os.setxattr": {0: None},
+    "os.removexattr": {0: None},
+}
+def located(path, folder=None):
+    if isinstance(path, int):  # an open file or folder
+        return f"/proc/self/fd/{path}"
+    path = os.fsdecode(path)
+    return path if folder in (None, -1) else os.path.join(f"/proc/self/fd/{folder}", path)
+def outside(path):
+    return not (os.path.realpath(path) + os.sep).startswith(home)
+def refuse(event, args):
+    places = changes.get(event, {}).items()
+    paths = [located(args[path], folder and args[folder]) for path, folder in places]
+    if event == "open" and args[2] & writes and not isinstance(args[0], int):
+        paths = [located(args[0])]
+    if event == "sqlite3.connect":
+        paths = [located(args[0]).removeprefix("file:").partition("?")[0]]
+    if event.startswith(starts) or any(map(outside, paths)):
         raise PermissionError(event)
-    if event == "open" and isinstance(args[0], (str, bytes)) and args[2] & writes:
-        if outside(args[0]):
-            raise PermissionError(event)
-    if event.startswith(changes) and any(
-        outside(path) for path in args if isinstance(path, (str, bytes))
-    ):
-        raise PermissionError(event)
+def open_at(path, flags, mode=0o777, *, dir_fd=None, opened=os.open):
+    # Its event does not tell the folder, but this path does.
+    return opened(located(path, dir_fd), flags, mode)
+def refuse_call(*args, **options):
+    raise PermissionError
+os.open = open_at
+os.supports_dir_fd.add(open_at)
+# These make files without an event.
+os.mkfifo = os.mknod = refuse_call
+# These write files without one; `dbm` has another way, in Python.
+sys.modules["_dbm"] = sys.modules["_gdbm"] = None
 code = compile(program, "program", "exec")
 sys.addaudithook(refuse)
 exec(code, {"__name__": "__main__"})

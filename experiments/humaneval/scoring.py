@@ -6,9 +6,10 @@ import ast
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from experiments.core.tasks import SetSpec
+from experiments.core.uncertainty import Scores
 from experiments.humaneval.sandbox import run_program
 
 # A line at the left edge that begins something else than the function's body.
@@ -51,6 +52,32 @@ def parsed_score(
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return 0.0
     return 100.0
+
+
+def problem_scores(
+    scores: Scores, samples: int, measures: Mapping[str, int]
+) -> dict[str, dict[str, list[float]]]:
+    """Scores of problems from those of their samples, which are not independent of each other.
+
+    Args:
+        scores: 0 or 100 for each sample, a problem's standing together.
+        samples: of each problem.
+        measures: what stands behind a set's name -> k.
+
+    Returns:
+        policy -> set and measure -> pass@k of each problem, 0 to 100.
+    """
+    return {
+        policy: {
+            name + measure: [
+                100 * pass_at_k(samples, sum(value > 0 for value in values[i : i + samples]), k)
+                for i in range(0, len(values), samples)
+            ]
+            for name, values in sets.items()
+            for measure, k in measures.items()
+        }
+        for policy, sets in scores.items()
+    }
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:

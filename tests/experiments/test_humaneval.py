@@ -6,8 +6,10 @@ import dataclasses
 import gzip
 import itertools
 import json
+import math
 import socket
 import statistics
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,10 @@ import pytest
 from experiments.core.errors import UserError, run_main
 from experiments.core.files import parse_jsonl
 from experiments.core.prompts import Prompting, build_prompt
+from experiments.core.uncertainty import summarise
+from experiments.export import export
 from experiments.humaneval import scoring
-from experiments.humaneval.__main__ import main, pass_table
+from experiments.humaneval.__main__ import main
 from experiments.humaneval.problems import SMALL, build_sets, parse_problem, read_problems
 from experiments.humaneval.sandbox import run_program
 from experiments.humaneval.scoring import (
@@ -24,6 +28,7 @@ from experiments.humaneval.scoring import (
     executed_score,
     parsed_score,
     pass_at_k,
+    problem_scores,
     program_of,
 )
 from models import sources as wheels
@@ -66,19 +71,101 @@ def test_what_a_program_may_do(program, outcome):
     assert run_program(program, seconds=1 if outcome == "timeout" else 5) == outcome
 
 
-def test_files_elsewhere_stay_as_they_are(tmp_path):
-    file = tmp_path / "mine.txt"
-    file.write_text("mine")
-    for program in (
-        f"open({str(file)!r}, 'w')",
-        f"import os\nos.remove({str(file)!r})",
-        f"import os\nos.rename({str(file)!r}, 'here')",
-        f"import shutil\nshutil.rmtree({str(tmp_path)!r})",
-        f"import pathlib\npathlib.Path({str(tmp_path / 'new')!r}).mkdir()",
-    ):
-        assert run_program(program) == "failed"
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    assert file.read_text() == "mine"
+USES = "import io, os, pathlib, shutil, sqlite3, tempfile\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "open(there + '/file', 'w')",
+        "open(path / 'file', 'a')",
+        "(path / 'new').touch()",
+        "io.FileIO(path / 'file', 'w')",
+        "os.open('file', os.O_WRONLY | os.O_TRUNC, dir_fd=folder)",
+        "os.open('new', os.O_WRONLY | os.O_CREAT, dir_fd=folder)",
+        "tempfile.mkstemp(dir=path)",
+        "os.remove(there + '/file')",
+        "os.remove(os.fsencode(there) + b'/file')",
+        "(path / 'file').unlink()",
+        "os.remove('file', dir_fd=folder)",
+        "os.rmdir('empty', dir_fd=folder)",
+        "shutil.rmtree(there)",
+        "shutil.rmtree(path)",
+        "shutil.rmtree('full', dir_fd=folder)",
+        "os.chdir(path)\nos.remove('file')",
+        "os.rename(there + '/file', 'here')",
+        "os.rename('file', 'here', src_dir_fd=folder)",
+        "os.rename('own', 'file', dst_dir_fd=folder)",
+        "shutil.move(path / 'file', pathlib.Path('here'))",
+        "shutil.move(pathlib.Path('own'), path / 'new')",
+        "shutil.copy(pathlib.Path('own'), path)",
+        "(path / 'new').mkdir()",
+        "os.mkdir('new', dir_fd=folder)",
+        "os.symlink('own', 'new', dir_fd=folder)",
+        "os.link('file', 'here', src_dir_fd=folder)\nopen('here', 'w')",
+        "os.symlink(path / 'file', 'here')",
+        "os.truncate(path / 'file', 0)",
+        "os.chmod('file', 0o600, dir_fd=folder)",
+        "os.chmod(folder, 0o755)",
+        "os.utime('file', (0, 0), dir_fd=folder)",
+        "os.setxattr(path / 'file', 'user.new', b'x')",
+        "os.mkfifo(there + '/new')",
+        "os.mknod(there + '/new')",
+        "sqlite3.connect(there + '/new').execute('create table t (x)')",
+        "sqlite3.connect(path / 'new').execute('create table t (x)')",
+        "sqlite3.connect(f'file:{there}/new?mode=rwc', uri=True).execute('create table t (x)')",
+    ],
+)
+def test_files_elsewhere_stay_as_they_are(tmp_path, change):
+    for name in ("full", "empty"):
+        (tmp_path / name).mkdir()
+    for name in ("file", "full/inner"):
+        (tmp_path / name).write_text("mine")
+        (tmp_path / name).chmod(0o644)
+
+    def state():
+        return {
+            path: (path.stat().st_mode, path.stat().st_mtime_ns, path.is_dir() or path.read_text())
+            for path in [tmp_path, *tmp_path.rglob("*")]
+        }
+
+    before = state()
+    given = f"there = {str(tmp_path)!r}\npath = pathlib.Path(there)\n"
+    given += "folder = os.open(there, os.O_RDONLY)\nopen('own', 'w').close()\n"
+    refused = f"try:\n{textwrap.indent(change, '    ')}\nexcept PermissionError:\n    pass\n"
+    assert run_program(f"{USES}{given}{refused}else:\n    raise AssertionError") == "passed"
+    assert state() == before
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "with tempfile.TemporaryDirectory() as name:\n"
+        "    pathlib.Path(name, 'x').write_text('x')\n"
+        "assert not os.path.exists(name)",
+        "with tempfile.TemporaryFile() as x, tempfile.NamedTemporaryFile() as y:\n"
+        "    assert x.write(b'x') == y.write(b'x')",
+        "shutil.rmtree('a')\nassert not os.path.exists('a')",
+        "shutil.rmtree('b', dir_fd=folder)\nassert os.listdir('a') == ['file']",
+        "os.remove('file', dir_fd=folder)\nassert os.listdir('a') == ['b']",
+        "file = os.open('x', os.O_WRONLY | os.O_CREAT, dir_fd=folder)\n"
+        "os.write(open(file, 'wb', closefd=False).fileno(), b'xyz')\nos.ftruncate(file, 1)\n"
+        "os.chmod(file, 0o600)\nassert pathlib.Path('a/x').read_text() == 'x'",
+        "path = pathlib.Path('a/new')\npath.mkdir()\n(path / 'x').write_text('x')\n"
+        "(path / 'x').rename('y')\nassert pathlib.Path('y').read_text() == 'x'",
+        "shutil.copytree('a', 'c')\nshutil.move('c', 'd')\nshutil.make_archive('e', 'tar', 'd')\n"
+        "assert sorted(os.listdir()) == ['a', 'd', 'e.tar']",
+        "for name in (':memory:', 'x', f'file:{os.getcwd()}/y'):\n"
+        "    sqlite3.connect(name, uri=True).execute('create table t (x)')\n"
+        "assert sorted(os.listdir()) == ['a', 'x', 'y']",
+        "import shelve\nwith shelve.open('x') as x:\n    x['a'] = 1\n"
+        "with shelve.open('x') as x:\n    assert x['a'] == 1",
+    ],
+)
+def test_files_of_its_own_are_free(work):
+    given = "os.makedirs('a/b')\nopen('a/file', 'w').close()\nopen('a/b/file', 'w').close()\n"
+    given += "folder = os.open('a', os.O_RDONLY)\n"
+    assert run_program(f"{USES}{given}{work}") == "passed"
 
 
 def test_there_is_no_network():
@@ -108,12 +195,28 @@ def test_pass_at_k_by_hand():
             pass_at_k(n, c, k)
 
 
-def test_a_table_groups_the_samples_of_a_problem():
-    sets = small_sets(samples=2)
-    scores = {"full": {"600": [100.0, 0.0, 0.0, 0.0, 100.0, 100.0, *[0.0] * 6]}}
-    table = pass_table(scores, sets, 2, (1, 2))
-    # pass@1: (1/2 + 0 + 1) / 6, pass@2: (1 + 0 + 1) / 6.
-    assert table.rows == (("600 pass@1", "25.00"), ("600 pass@2", "33.33"))
+def test_scores_are_of_problems_by_hand():
+    scores = {"full": {"600": [100.0, 0.0, 0.0, 0.0, 100.0, 100.0]}}
+    assert problem_scores(scores, 2, {"": 1, " pass@2": 2}) == {
+        "full": {"600": [50.0, 0.0, 100.0], "600 pass@2": [100.0, 0.0, 100.0]}
+    }
+
+
+def test_samples_of_a_problem_are_not_independent():
+    # Ten problems of 20 samples each, all right or all wrong: six are right, and one more.
+    right = {"full": 6, "restkv": 7}
+    scores = {
+        policy: {"600": [100.0] * 20 * n + [0.0] * 20 * (10 - n)} for policy, n in right.items()
+    }
+    result = summarise(problem_scores(scores, 20, {" pass@1": 1, " pass@10": 10}))
+    (pair,) = result["paired"]
+    for name in ("600 pass@1", "600 pass@10"):
+        assert (result["score"]["full"][name], result["n"]["full"][name]) == (60, 10)
+        # Variance (6 * 40^2 + 4 * 60^2) / 9; over the 200 samples the error would be 3.47.
+        assert result["standard_error"]["full"][name] == round(math.sqrt(24000 / 9 / 10), 2)
+        # A draw of ten has the one problem that differs a binomial number of times: above 3 in
+        # 1.3 % of the draws, above 2 in 7.0 %.
+        assert pair["sets"][name] == {"difference": 10, "low": 0, "high": 30, "n": 10}
 
 
 def test_completions_end_before_the_next_statement():
@@ -206,13 +309,19 @@ def run(out, *extra):
 
 def test_nothing_is_run_unless_it_is_allowed(tmp_path, capsys, monkeypatch):
     ran = []
-    monkeypatch.setattr(scoring, "run_program", lambda program: ran.append(program) or "passed")
+
+    def pretend(program):
+        ran.append(program)
+        return "passed" if "def add_one" in program else "failed"
+
+    monkeypatch.setattr(scoring, "run_program", pretend)
     sampling = ["--samples", "2", "--temperature", "1", "--k", "1,2"]
     assert run(tmp_path / "run", *sampling) == 0
     printed = capsys.readouterr().out
     assert "nothing is executed" in printed
     assert "completions that are Python" in printed
     assert ran == []
+    assert json.loads((tmp_path / "run/result.json").read_text())["n"]["full"] == {"256": 2}
     lines = (tmp_path / "run/pred/full/256.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["task_id"] for row in rows] == ["small/add_one"] * 2 + ["small/is_even"] * 2
@@ -221,8 +330,15 @@ def test_nothing_is_run_unless_it_is_allowed(tmp_path, capsys, monkeypatch):
     assert run(tmp_path / "run", *sampling, "--allow-code-execution") == 0
     printed = capsys.readouterr().out
     assert "EXECUTES" in printed
-    assert "256 pass@2" in printed
     assert len(ran) == 4
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["n"]["full"] == {"256 pass@1": 2, "256 pass@2": 2}
+    assert result["score"]["full"] == {"256 pass@1": 50, "256 pass@2": 50}
+    assert result["standard_error"]["full"] == {"256 pass@1": 50, "256 pass@2": 50}
+    (line,) = (line for line in printed.splitlines() if line.strip().startswith("256 pass@2"))
+    assert line.split()[2:] == ["2", "50.00", "±", "50.00"]
+    (folder,) = export(tmp_path / "run", tmp_path / "exported")
+    assert json.loads((folder / "metrics.json").read_text()) == result["score"]["full"]
 
 
 @pytest.mark.parametrize(
