@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.masked_eviction import compact, masked_eviction, select_flat, take
+from pallas_kernels.masked_eviction import Kept, compact, masked_eviction, select_flat, take
+from pallas_kernels.quantized import QuantArray
 from restkv_jax.allocation import HeadAllocation
 from restkv_jax.layer import LayerInputs
 from restkv_jax.policies import Policy
@@ -90,29 +91,44 @@ def compress(
     """
     if heads is not None:
         return _compress_flat(policy, layer, capacity, budget, heads, budgets_of)
+    kept, carried = keep(policy, layer, layer.k, layer.v, capacity=capacity, budget=budget)
+    assert isinstance(kept.k, jax.Array)
+    assert isinstance(kept.v, jax.Array)
+    return CompressedLayer(k=kept.k, v=kept.v, positions=kept.positions, carried=carried)
+
+
+def keep(
+    policy: Policy,
+    layer: LayerInputs,
+    k: Float[Array, "B K T H"] | QuantArray,
+    v: Float[Array, "B K T H"] | QuantArray,
+    *,
+    capacity: int,
+    budget: Int[Array, " B"] | None = None,
+) -> tuple[Kept, Float[Array, "B N C"] | None]:
+    """Moves the columns that stay, in order: selecting and moving are one op where they can be.
+
+    Args:
+        policy: the eviction policy.
+        layer: what it sees.
+        k: the layer's keys as they are stored, and so moved.
+        v: its values.
+        capacity: C, static number of slots.
+        budget: slots that each row may fill, C by default.
+
+    Returns:
+        The entries, and what the policy hands on of them to the next eviction, if it does.
+    """
     if policy.selects_by_importance:
         most = min(capacity, layer.columns)
         slots = jnp.full_like(layer.lengths, most) if budget is None else jnp.minimum(budget, most)
-        k, v, positions, columns = masked_eviction(
-            policy.importance(layer, most, slots),
-            layer.k,
-            layer.v,
-            layer.positions,
-            slots,
-            capacity=capacity,
-        )
+        importance = policy.importance(layer, most, slots)
+        kept = masked_eviction(importance, k, v, layer.positions, slots, capacity=capacity)
     else:
         columns = select(policy, layer, capacity=capacity, budget=budget)
-        k, v, positions = take(columns, layer.k, layer.v, layer.positions)
-    assert isinstance(k, jax.Array)
-    assert isinstance(v, jax.Array)
+        kept = Kept(*take(columns, k, v, layer.positions), columns)
     carried = policy.carry(layer)
-    return CompressedLayer(
-        k=k,
-        v=v,
-        positions=positions,
-        carried=None if carried is None else compact_carried(carried, columns),
-    )
+    return kept, None if carried is None else compact_carried(carried, kept.columns)
 
 
 def compact_carried(

@@ -16,7 +16,7 @@ from pallas_kernels.masked_eviction import compact
 from pallas_kernels.quantized import QuantArray, dequantize
 from pallas_kernels.window_scores import output_factor
 from restkv_jax.cache import KVCache
-from restkv_jax.compression import compact_carried, select
+from restkv_jax.compression import compact_carried, keep
 from restkv_jax.layer import LayerInputs
 from restkv_jax.plan import DecodeEviction
 from restkv_jax.protocols import CausalLM, LayerSpec, Projection
@@ -156,14 +156,22 @@ def evict_rows(
         by_slot: keys are turned to their new slots, see `CachePlan.rope`.
     """
     slots = stack.layer(row)
-    inputs, order = cache_inputs(slots, stack.heads, q, position, w_o, spec, layer, num_layers)
-    columns = select(eviction.policy, inputs, capacity=min(eviction.budget, stack.size(row)))
-    kept = _compacted(slots, columns, order, eviction.policy.carry(inputs), inputs)
+    ordered, order = in_order(slots)
+    inputs = cache_inputs(ordered, stack.heads, q, position, w_o, spec, layer, num_layers)
+    # Empty columns come first, and so the entries that stay are in order of position.
+    (k, v, positions, columns), carried = keep(
+        eviction.policy,
+        inputs,
+        ordered.k,
+        ordered.v,
+        capacity=min(eviction.budget, stack.size(row)),
+    )
     if by_slot:
         assert spec.rotary is not None
-        assert not isinstance(kept.k, QuantArray)  # refused by the plan
+        assert not isinstance(k, QuantArray)  # refused by the plan
         shift = jnp.arange(columns.shape[-1]) - compact(order, columns)
-        kept = kept._replace(k=rerotate(kept.k, shift, spec.rotary))
+        k = rerotate(k, shift, spec.rotary)
+    kept = LayerSlots(k=k, v=v, positions=positions, owners=None, carried=carried)
     padding = stack.size(row) - columns.shape[-1]
     held = [
         jnp.where(_like(full, old), _pad(new, padding, fill), old)
@@ -187,6 +195,15 @@ def _with_queries(cache: KVCache, queries: Sequence[Array | None]) -> KVCache:
     )
 
 
+def in_order(slots: LayerSlots) -> tuple[LayerSlots, Int[Array, "B J S"]]:
+    """A cache's entries in order of position, the empty slots first, and where each was."""
+    order = jnp.argsort(slots.positions, axis=-1)
+    entries = slots.k, slots.v, slots.positions
+    k, v, positions = jax.tree.map(lambda x: compact(x, order), entries)
+    carried = None if slots.carried is None else compact_carried(slots.carried, order)
+    return LayerSlots(k=k, v=v, positions=positions, owners=None, carried=carried), order
+
+
 def cache_inputs(
     slots: LayerSlots,
     heads: int,
@@ -196,11 +213,11 @@ def cache_inputs(
     spec: LayerSpec,
     layer: int | Array,
     num_layers: int,
-) -> tuple[LayerInputs, Int[Array, "B J S"]]:
-    """A cache's slots as a policy sees them, in order of position with the empty ones first.
+) -> LayerInputs:
+    """A cache's slots as a policy sees them.
 
     Args:
-        slots: of one layer.
+        slots: of one layer, in order.
         heads: sets of entries that it keeps.
         q: the last queries, in order.
         position: of the next token.
@@ -208,18 +225,13 @@ def cache_inputs(
         spec: of the layer.
         layer: index of the layer.
         num_layers: layers of the model.
-
-    Returns:
-        The inputs, and the slot that each of their columns comes from.
     """
     if not isinstance(w_o, Projection):
         w_o = Projection(w_o=w_o, factor=output_factor(w_o))
-    order = jnp.argsort(slots.positions, axis=-1)
-    numbers = (
+    k, v = (
         dequantize(x, jnp.float32) if isinstance(x, QuantArray) else x for x in (slots.k, slots.v)
     )
-    k, v = (compact(x, order) for x in numbers)
-    inputs = LayerInputs(
+    return LayerInputs(
         q=q,
         k=k,
         v=v,
@@ -230,29 +242,8 @@ def cache_inputs(
         w_o=w_o.w_o,
         index=layer,
         num_layers=num_layers,
-        cached_positions=compact(slots.positions, order),
-        carried=None if slots.carried is None else compact_carried(slots.carried, order),
-    )
-    return inputs, order
-
-
-def _compacted(
-    slots: LayerSlots,
-    columns: Int[Array, "B J C"],
-    order: Int[Array, "B J S"],
-    carried: Array | None,
-    inputs: LayerInputs,
-) -> LayerSlots:
-    """The kept entries in order; int8 ones are moved as they are, not rounded again."""
-    filled = columns >= 0
-    source = jnp.where(filled, compact(order, columns), -1)
-    k, v = (jax.tree.map(lambda x: compact(x, source), part) for part in (slots.k, slots.v))
-    return LayerSlots(
-        k=k,
-        v=v,
-        positions=jnp.where(filled, compact(inputs.positions, columns), -1),
-        owners=None,
-        carried=None if carried is None else compact_carried(carried, columns),
+        cached_positions=slots.positions,
+        carried=slots.carried,
     )
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from restkv_jax.cache import KVCache, init_cache
 from restkv_jax.compression import compress
-from restkv_jax.eviction import cache_inputs
+from restkv_jax.eviction import cache_inputs, in_order
 from restkv_jax.feed import feed
 from restkv_jax.plan import CachePlan
 from restkv_jax.policies import Full
@@ -84,9 +84,8 @@ def prefill_chunked(
         index, row = cache.place(layer)
         stack = cache.stacks[index]
         last = stack.last_queries(row, lengths)
-        inputs, _ = cache_inputs(
-            stack.layer(row), stack.heads, last, lengths, w_o, spec, layer, len(specs)
-        )
+        slots, _ = in_order(stack.layer(row))
+        inputs = cache_inputs(slots, stack.heads, last, lengths, w_o, spec, layer, len(specs))
         first = dataclasses.replace(inputs, carried=None)
         positions = inputs.query_positions(last.shape[2])
         filled = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
 
 import jax
@@ -31,6 +33,7 @@ from restkv_jax.decode import (
     prefill,
     row_keys,
 )
+from tests.pallas_kernels.lowering import lowered
 from tests.restkv_jax import dense, oracle, tiny
 
 W, BUDGET, EVERY, PROMPT, STEPS = 4, 14, 5, 20, 33
@@ -291,6 +294,22 @@ def test_evicting_multiplies_none_of_the_weights(model):
     evicting = plan_of(Streaming(), budget=20, decode_budget=20, evict_every=10)
     keeping = CachePlan(policy=Streaming(), budget=20, headroom=10)
     assert products(evicting) == products(keeping) > 0
+
+
+@pytest.mark.parametrize("storage", ["model", "int8"])
+def test_a_full_cache_is_compacted_by_the_kernels_of_a_prompt(storage):
+    """A threshold search and one move, of what is stored; nothing is sorted by importance."""
+    model = tiny.make(layers=1, heads=2, kv_heads=1, size=64, width=64)
+    plan = plan_of(SnapKV(window=W), budget=128, decode_budget=128, evict_every=64)
+    plan = dataclasses.replace(plan, storage=storage)
+    _, (cache,) = jax.eval_shape(
+        functools.partial(prefill, plans=(plan,)), model, *pad_prompts([list(range(40))])
+    )
+    program = lowered(decode_step, model, cache, jnp.zeros(1, int), jnp.ones(1, bool))
+    assert 'kernel_name = "eviction_threshold"' in program
+    assert 'kernel_name = "eviction_move"' in program
+    assert "top_k" not in program
+    assert program.count("stablehlo.sort") == 1  # by position
 
 
 def test_the_same_program_serves_however_long_it_runs(model):
