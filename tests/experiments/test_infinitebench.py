@@ -68,6 +68,35 @@ def test_metrics_by_hand(metric, prediction, answers, score):
     assert METRICS[metric](prediction, answers) == pytest.approx(score, abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "score"),
+    [
+        # What the question asks for: the prompt ends with "The answer is:".
+        (" B", 100),
+        ("B", 100),
+        (" B.", 100),
+        ("\n**B**", 100),
+        (" Option B: run", 100),
+        (" run", 100),
+        (" `run`", 100),
+        (" C", 0),
+        (" C. The answer is: B", 0),
+        (" stop", 0),
+        ("", 0),
+    ],
+)
+def test_an_answer_goes_on_where_the_prompt_of_code_debug_ends(prediction, score):
+    spec = make_spec("code_debug", "code_debug", chat=True)
+    assert score_prediction(spec, prediction, ("run", "B"), None) == score
+
+
+def test_the_beginning_of_an_answer_is_scored_with_no_other_task():
+    spec = make_spec("longbook_choice_eng", "longbook_choice_eng", chat=True)
+    assert score_prediction(spec, " option C", ("C",), None) == 100
+    spec = make_spec("longbook_qa_chn", "longbook_qa_chn", chat=True)
+    assert score_prediction(spec, "张三", ("张三",), None) == 100
+
+
 def test_every_metric_is_some_tasks():
     assert {task.metric for task in TASKS.values()} == set(METRICS)
     assert len(TASKS) == 12
