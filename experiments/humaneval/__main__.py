@@ -17,6 +17,7 @@ from experiments.core.program import (
     read_policies,
     run_benchmark,
 )
+from experiments.core.results import asked
 from experiments.core.table import TextTable
 from experiments.core.tasks import Row, TaskSet
 from experiments.core.uncertainty import Scores
@@ -89,6 +90,7 @@ def sample_row(row: Row, index: int, prediction: str) -> dict[str, Any]:
         "completion": cut_completion(prediction),
         "pred": prediction,
         "index": index,
+        **asked(row),
     }
 
 
