@@ -89,7 +89,8 @@ def lines(
         label: what the values are.
         axis: what they are counted by.
         at: [L] where they are on the axis, for all names or for each; at 0, 1, 2, ... by default.
-        errors: name -> [L] half the height of each value's error bar.
+        errors: name -> [L] half the height of each value's error bar, or [2, L] how far it goes
+            down and up.
     """
     with _axes(path, (7.0, 4.0)) as (_, axes):
         for name, values in series.items():

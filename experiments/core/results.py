@@ -56,7 +56,7 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def prediction_row(row: Row, index: int, prediction: str) -> dict[str, Any]:
-    """A line in LongBench's format: the official fields, the row's id and its number."""
+    """A line in LongBench's format: the official fields, then what else is known of the row."""
     return {
         "pred": prediction,
         "answers": list(row.answers),
@@ -64,7 +64,19 @@ def prediction_row(row: Row, index: int, prediction: str) -> dict[str, Any]:
         "length": row.length,
         "_id": row.row_id,
         "index": index,
+        **asked(row),
     }
+
+
+def asked(row: Row) -> dict[str, Any]:
+    """What a line says of the question; the context can be made again."""
+    return {"input": row.input, "answer_prefix": row.answer_prefix}
+
+
+def _agrees(stored: Mapping[str, Any], line: Mapping[str, Any]) -> bool:
+    """Whether a stored line is this one; lines of earlier versions have fewer fields."""
+    missing = object()
+    return "pred" in stored and all(line.get(key, missing) == stored[key] for key in stored)
 
 
 class ResultStore:
@@ -124,8 +136,8 @@ class ResultStore:
         if key not in self._counts:
             stored = self._predictions(policy, set_name).load()
             for index, record in enumerate(stored):
-                if index >= len(rows) or (
-                    record != self._record(rows[index], index, record.get("pred"))
+                if index >= len(rows) or not _agrees(
+                    record, self._record(rows[index], index, record.get("pred"))
                 ):
                     raise UserError(
                         f"{self._predictions(policy, set_name).path}, line {index + 1}: is not "

@@ -26,6 +26,8 @@ class Cost:
 
     Attributes:
         prompt_tokens: tokens of the prompt.
+        context_tokens: first ones of these that the cache was compressed from: all of them, or
+            those before the question.
         new_tokens: tokens that followed it, generated or given.
         prefill_s: seconds for the prompt; the shared prefill counts for every policy.
         decode_s: seconds for the tokens that followed.
@@ -35,6 +37,7 @@ class Cost:
     """
 
     prompt_tokens: int
+    context_tokens: int
     new_tokens: int
     prefill_s: float
     decode_s: float
@@ -144,6 +147,7 @@ def generating(engine: Engine, tokenizer: Tokenizer, prompting: Prompting, seed:
                 tokenizer.decode(answer.token_ids),
                 Cost(
                     prompt_tokens=len(prompt.ids),
+                    context_tokens=len(prompt.ids[: prompt.context_tokens]),
                     new_tokens=len(answer.token_ids),
                     prefill_s=answer.prefill_s,
                     decode_s=answer.decode_s,

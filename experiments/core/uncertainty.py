@@ -73,7 +73,7 @@ def summarise(scores: Scores, averages: Sequence[Average] = (), digits: int = 2)
                     for policy, sets in scores.items()
                 },
                 "standard_error": {
-                    policy: _rounded(_average_error([sets[name] for name in average.sets]), digits)
+                    policy: _rounded(average_error([sets[name] for name in average.sets]), digits)
                     for policy, sets in scores.items()
                 },
             }
@@ -88,6 +88,18 @@ def standard_error(values: Sequence[float]) -> float | None:
     if len(values) < 2:
         return None
     return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def average_error(sets: Sequence[Sequence[float]]) -> float | None:
+    """Standard error of a mean over sets whose rows are independent; None where one set has none.
+
+    Args:
+        sets: the rows' scores of each set, which counts the same whatever its number of rows.
+    """
+    errors = [standard_error(rows) for rows in sets]
+    if None in errors:
+        return None
+    return math.hypot(*(error for error in errors if error is not None)) / len(errors)
 
 
 def paired_differences(
@@ -168,13 +180,6 @@ def _drawn_means(rows: Sequence[Sequence[float]], seed: str) -> np.ndarray:
     n = values.shape[1]
     chosen = np.random.default_rng(zlib.crc32(seed.encode())).integers(0, n, (RESAMPLES, n))
     return np.stack([row[chosen].mean(axis=1) for row in values])
-
-
-def _average_error(sets: Sequence[Sequence[float]]) -> float | None:
-    errors = [standard_error(rows) for rows in sets]
-    if None in errors:
-        return None
-    return math.hypot(*(error for error in errors if error is not None)) / len(errors)
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

@@ -52,7 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.no_plots:
         require_matplotlib()
     language_model = load_model(args)
-    max_length = longest_text(args, language_model.config.max_length)
+    max_length = longest_text(
+        args,
+        language_model.config.max_length,
+        answer=args.tokens,
+        chat=args.protocol == "official",
+    )
     prompting = prompting_of(args, language_model, max_length)
     encode = language_model.tokenizer.encode
     sets, _ = load_sets(args, lambda text: len(encode(text)))

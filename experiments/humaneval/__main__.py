@@ -17,6 +17,7 @@ from experiments.core.program import (
     read_policies,
     run_benchmark,
 )
+from experiments.core.results import asked
 from experiments.core.tasks import Row
 from experiments.humaneval.cli import build_parser
 from experiments.humaneval.problems import build_sets, read_problems
@@ -89,6 +90,7 @@ def sample_row(row: Row, index: int, prediction: str) -> dict[str, Any]:
         "completion": cut_completion(prediction),
         "pred": prediction,
         "index": index,
+        **asked(row),
     }
 
 

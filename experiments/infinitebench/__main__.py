@@ -58,7 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             explicit=args.tasks is not None,
             chat=args.template == "chat",
         )
-        text = longest_text(args, language_model.config.max_length)
+        text = longest_text(
+            args,
+            language_model.config.max_length,
+            answer=max(task.spec.max_new_tokens for task in sets),
+            chat=args.template == "chat",
+        )
         uncut = uncut_prompts(language_model, query_agnostic=args.query_agnostic)
         how = Generation(
             prompting=dataclasses.replace(uncut, max_length=text),

@@ -56,6 +56,7 @@ def build_parser() -> Parser:
         "--max-length",
         metavar="T",
         type=count_of("--max-length", 16),
-        help="longest prompt of the benchmark's own rows in tokens (default: what the model holds)",
+        help="longest prompt of the benchmark's own rows in tokens (default: what the model holds "
+        "beside the longest answer and the chat template)",
     )
     return parser

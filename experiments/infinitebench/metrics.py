@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from experiments.core.errors import UserError
 from experiments.core.rouge import f_measure
 from experiments.core.tasks import SetSpec
+from experiments.infinitebench.tasks import TASKS
 from experiments.longbench.metrics import qa_f1
 
 Metric = Callable[[str, Sequence[str]], float]
@@ -147,7 +148,11 @@ def score_prediction(
 ) -> float:
     """Scores one prediction, 0 to 100; see `experiments.core.runner.Score`."""
     del classes
-    return 100 * METRICS[spec.metric](prediction.strip(), answers)
+    text = prediction.strip()
+    if METRICS[spec.metric] is debug_choice:
+        # A letter or a name alone counts behind a phrase only, with which our prompt ends.
+        text = f"{TASKS['code_debug'].prefix} {text}"
+    return 100 * METRICS[spec.metric](text, answers)
 
 
 def _behind(text: str, prefixes: Sequence[str]) -> str | None:

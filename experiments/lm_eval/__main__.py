@@ -14,7 +14,7 @@ from experiments.core.environment import environment, package_version
 from experiments.core.errors import UserError, run_main
 from experiments.core.options import PolicyText
 from experiments.core.plans import describe_plan, make_plan
-from experiments.core.program import load_model, read_policies
+from experiments.core.program import check_length, load_model, read_policies
 from experiments.core.results import ResultStore, fingerprint, folder_name
 from experiments.core.storage import RowFile, dump_json, write_atomic
 from experiments.core.table import (
@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     tasks = _task_manager(args, _task_folder(args))
     language_model = load_model(args)
+    if args.max_length is not None:
+        check_length("--max-length", args.max_length, language_model)
     max_length = args.max_length or language_model.config.max_length or _DEFAULT_LENGTH
     key = {
         "model": language_model.name,

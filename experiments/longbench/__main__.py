@@ -40,10 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     policies = read_policies(args)  # cheap complaints first: before anything is downloaded
     language_model = load_model(args)
-    max_length = longest_text(args, language_model.config.max_length)
-    prompting = prompting_of(args, language_model, max_length)
     tokenizer = language_model.tokenizer
     sets, title = load_sets(args, lambda text: len(tokenizer.encode(text)))
+    max_length = longest_text(
+        args,
+        language_model.config.max_length,
+        answer=max(task.spec.max_new_tokens for task in sets),
+        chat=args.protocol == "official",
+    )
+    prompting = prompting_of(args, language_model, max_length)
     announce(language_model, sets, _OFFLINE_NOTES if args.data == "offline" else ())
     names = tuple(task.spec.name for task in sets)
     benchmark = Benchmark(

@@ -9,7 +9,7 @@ from experiments.core.results import ResultStore
 from experiments.core.storage import dump_json, write_atomic
 from experiments.core.table import TextTable, policy_table
 from experiments.core.tasks import TaskSet
-from experiments.core.uncertainty import Scores, standard_error
+from experiments.core.uncertainty import Scores, average_error, standard_error
 
 # Name of a bucket -> the first length that is too long for it, in LongBench's words.
 BUCKETS = {"0-4k": 4000, "4-8k": 8000, "8k+": None}
@@ -29,7 +29,7 @@ def write_buckets(store: ResultStore, scores: Scores, sets: Sequence[TaskSet]) -
         sets: the sets.
 
     Returns:
-        Set and bucket x policy, with standard errors, and the mean of the sets in each bucket.
+        Set and bucket x policy, and the mean of the sets in each bucket, with standard errors.
     """
     split = {
         policy: {
@@ -62,18 +62,18 @@ def write_buckets(store: ResultStore, scores: Scores, sets: Sequence[TaskSet]) -
             if any(bucket_of(row.length) == bucket for row in task.rows)
         ]
         for name in filled:
-            cells = [split[policy][name][bucket] for policy in split]
-            rows.append((f"{name} {bucket}", str(len(cells[0])), *map(_cell, cells)))
+            values = [own[name][bucket] for own in split.values()]
+            cells = (_cell(statistics.fmean(one), standard_error(one)) for one in values)
+            rows.append((f"{name} {bucket}", str(len(values[0])), *cells))
         if len(filled) > 1:
-            means = (
-                statistics.fmean(statistics.fmean(own[name][bucket]) for name in filled)
-                for own in split.values()
+            of_sets = ([own[name][bucket] for name in filled] for own in split.values())
+            cells = (
+                _cell(statistics.fmean(map(statistics.fmean, own)), average_error(own))
+                for own in of_sets
             )
-            rows.append((f"mean of sets {bucket}", "", *(f"{mean:.2f}" for mean in means)))
+            rows.append((f"mean of sets {bucket}", "", *cells))
     return [policy_table("scores by length in words", ("set", "n"), list(split), rows)]
 
 
-def _cell(values: Sequence[float]) -> str:
-    error = standard_error(values)
-    mean = f"{statistics.fmean(values):.2f}"
-    return mean if error is None else f"{mean} ± {error:.2f}"
+def _cell(mean: float, error: float | None) -> str:
+    return f"{mean:.2f}" if error is None else f"{mean:.2f} ± {error:.2f}"

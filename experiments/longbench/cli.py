@@ -26,6 +26,10 @@ if TYPE_CHECKING:  # options are read, and complained of, before JAX is imported
 
 # The chat template's own tokens come on top of a prompt of `--max-length`.
 TEMPLATE_ROOM = 256
+# So do the beginning of an answer, and the few tokens by which a text that was cut may grow.
+_PLAIN_ROOM = 32
+# Fewest tokens of a prompt that `--max-length` takes.
+_SHORTEST_TEXT = 16
 
 _EPILOG = """\
 examples:
@@ -79,9 +83,9 @@ def add_set_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-length",
         metavar="T",
-        type=count_of("--max-length", 16),
+        type=count_of("--max-length", _SHORTEST_TEXT),
         help="longest prompt in tokens, longer ones lose their middle (default: what the model "
-        "holds)",
+        "holds beside the longest answer and the chat template)",
     )
     group.add_argument(
         "--protocol",
@@ -184,10 +188,28 @@ def _with_prompts(specs: Sequence[SetSpec], prompts: str) -> list[SetSpec]:
     return [official[spec.name] for spec in specs]
 
 
-def longest_text(args: argparse.Namespace, context: int | None) -> int:
-    """Longest prompt: what is asked for, else what the model holds beside an answer."""
-    if args.max_length is not None:
-        if context is not None and args.max_length > context:
-            raise UserError(f"--max-length {args.max_length}: the model holds {context} tokens")
-        return args.max_length
-    return 4096 if context is None else max(context - 2 * TEMPLATE_ROOM, context // 2)
+def longest_text(args: argparse.Namespace, context: int | None, *, answer: int, chat: bool) -> int:
+    """Longest prompt in tokens: what is asked for, else what the model holds beside the rest.
+
+    Args:
+        args: the parsed options, `--max-length` among them.
+        context: tokens that the model holds; None if that is not known.
+        answer: most tokens that follow a prompt.
+        chat: whether a chat template may come on top of a prompt.
+
+    Raises:
+        UserError: the model cannot hold such a prompt and what comes with it.
+    """
+    if context is None:
+        return args.max_length or 4096
+    around = TEMPLATE_ROOM if chat else _PLAIN_ROOM
+    most = context - answer - around
+    if (args.max_length or _SHORTEST_TEXT) <= most:
+        return args.max_length or most
+    holds = (
+        f"the model holds {context} tokens, of which answers take up to {answer} and "
+        f"{'the chat template' if chat else 'what joins them'} up to {around}"
+    )
+    if most < _SHORTEST_TEXT:
+        raise UserError(f"--model: no room for a prompt: {holds}")
+    raise UserError(f"--max-length {args.max_length}: expected at most {most}: {holds}")

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         record=likelihood_row,
         finish=lambda store, scores: write_report(
             store,
-            list(scores),
+            scores,
             sets,
             length=args.length,
             bins=args.bins,

@@ -15,10 +15,12 @@ the two modes:
   prefill   the first --prompt tokens are evicted once, with their last queries, and the others
             follow; the first of them is predicted by the prefill itself.
 What is compared is the mean negative log-likelihood of a text in nats a token, lower is better;
-perplexity is the exponential of its mean over all tokens.
+perplexity is the exponential of its mean over all tokens, and of the mean less and more a standard
+error over the texts. Ratios of perplexities are exponentials of paired differences; they have an
+interval from five texts on.
 
 what is written, beside what every benchmark writes:
-  perplexity.json        perplexities of all tokens and by position
+  perplexity.json        perplexities of all tokens and by position, and ratios of all policies
   perplexity-MODE.png    by position
 
 examples:

@@ -113,6 +113,7 @@ class Likelihoods:
             values = [round(-float(x), 6) + 0.0 for x in followed.logprobs]
             cost = Cost(
                 prompt_tokens=len(prompt),
+                context_tokens=len(prompt),
                 new_tokens=len(rest),
                 prefill_s=prefill_s,
                 decode_s=seconds,

@@ -15,6 +15,7 @@ from experiments.core.program import (
     read_policies,
     run_benchmark,
 )
+from experiments.core.results import asked
 from experiments.core.tasks import Row
 from experiments.ruler.cli import build_parser
 from experiments.ruler.official import official_wordings
@@ -57,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prediction_row(row: Row, index: int, prediction: str) -> dict[str, Any]:
-    """A line in RULER's format; `input` is the question alone, the context can be made again."""
+    """A line in RULER's format; `input` is the question alone."""
     return {
         "index": index,
         "pred": prediction,
-        "input": row.input,
+        **asked(row),
         "outputs": list(row.answers),
         "others": dict(row.others or {}),
         "truncation": -1,

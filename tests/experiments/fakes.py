@@ -35,7 +35,10 @@ class CharTokenizer:
 
 
 class FakeEngine:
-    """Answers with the prompt's last characters and the policy's name; counts its calls."""
+    """Answers with the prompt's last characters and the policy's name; counts its calls.
+
+    "full" keeps what it is to compress, other policies 12.5 slots.
+    """
 
     def __init__(self, fail_after=None, error=KeyboardInterrupt):
         self.calls = []
@@ -56,13 +59,14 @@ class FakeEngine:
         if self.fail_after is not None and len(self.calls) == self.fail_after:
             raise self.error
         self.calls.append((tuple(prompt_ids), tuple(policies), seed))
+        compressed = len(prompt_ids[:context_tokens])
         tail = [i for i in prompt_ids if i > 2][-5:]
         return {
             policy: Answer(
                 token_ids=(tail + [ord(c) + 3 for c in f" é {policy} {seed}"])[:max_new_tokens],
                 prefill_s=0.5,
                 decode_s=0.25,
-                kept_slots=12.5,
+                kept_slots=compressed if policy == "full" else 12.5,
                 cache_bytes=2048,
             )
             for policy in policies

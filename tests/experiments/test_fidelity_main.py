@@ -79,6 +79,7 @@ def test_an_interrupted_run_goes_on_at_the_next_row(tmp_path, monkeypatch):
     [
         (["--policy", "h3o"], "h3o"),
         (["--tokens", "0"], "--tokens 0"),
+        (["--max-length", "40701"], "--max-length 40701: expected at most 40700"),
         (["--budget", "8"], "budget"),
         (["--sets", "nope"], "nope"),
     ],

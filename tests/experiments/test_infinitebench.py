@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 
@@ -65,6 +66,35 @@ PROMPTING = Prompting(protocol="official", max_length=None, eos_ids=(EOS,))
 )
 def test_metrics_by_hand(metric, prediction, answers, score):
     assert METRICS[metric](prediction, answers) == pytest.approx(score, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "score"),
+    [
+        # What the question asks for: the prompt ends with "The answer is:".
+        (" B", 100),
+        ("B", 100),
+        (" B.", 100),
+        ("\n**B**", 100),
+        (" Option B: run", 100),
+        (" run", 100),
+        (" `run`", 100),
+        (" C", 0),
+        (" C. The answer is: B", 0),
+        (" stop", 0),
+        ("", 0),
+    ],
+)
+def test_an_answer_goes_on_where_the_prompt_of_code_debug_ends(prediction, score):
+    spec = make_spec("code_debug", "code_debug", chat=True)
+    assert score_prediction(spec, prediction, ("run", "B"), None) == score
+
+
+def test_the_beginning_of_an_answer_is_scored_with_no_other_task():
+    spec = make_spec("longbook_choice_eng", "longbook_choice_eng", chat=True)
+    assert score_prediction(spec, " option C", ("C",), None) == 100
+    spec = make_spec("longbook_qa_chn", "longbook_qa_chn", chat=True)
+    assert score_prediction(spec, "张三", ("张三",), None) == 100
 
 
 def test_every_metric_is_some_tasks():
@@ -239,6 +269,28 @@ def test_a_run_of_generated_tasks_and_of_rows(tmp_path, capsys):
     (line,) = (out / "timing/full/longbook_qa_eng.jsonl").read_text().splitlines()
     assert json.loads(line)["prompt_tokens"] <= 104
     assert "its rows" in (out / "table.md").read_text()
+
+
+def test_rows_and_their_answers_fit_into_the_model(tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    record = {**RECORD, "context": "A long text. " * 500}
+    for name in ("longbook_qa_eng", "longbook_sum_eng"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+    options = ["--model", str(model), "--data", str(tmp_path)]
+    out = tmp_path / "run"
+    assert run(out, *options, "--tasks", "longbook_qa_eng") == 0
+    meta = json.loads((out / "run_meta.json").read_text())
+    (line,) = (out / "timing/full/longbook_qa_eng.jsonl").read_text().splitlines()
+    answer = TASKS["longbook_qa_eng"].max_new_tokens
+    assert meta["config"]["max_length"] == 512 - answer - 256
+    assert 512 - answer - 256 < json.loads(line)["prompt_tokens"] <= 512 - answer
+    # 1,200 tokens of a summary leave nothing.
+    capsys.readouterr()
+    code = run(tmp_path / "none", *options)
+    assert_refused(code, capsys.readouterr().err, "no room for a prompt", tmp_path / "none")
 
 
 @pytest.mark.parametrize(

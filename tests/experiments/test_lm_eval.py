@@ -273,6 +273,7 @@ def test_a_run_in_the_harness_offline(tasks, tmp_path, capsys, monkeypatch, lang
         (["--tasks", "no_such_task"], "no_such_task"),
         (["--data", "/no/such"], "/no/such"),
         (["--policy", "h3o"], "h3o"),
+        (["--max-length", "99999"], "--max-length 99999: the model holds 40960"),
     ],
 )
 def test_bad_input_is_one_line(tasks, tmp_path, capsys, monkeypatch, extra, culprit):

@@ -30,20 +30,24 @@ def test_buckets_are_the_official_ones():
 def test_scores_by_bucket(tmp_path):
     sets = [
         TaskSet(spec=LONGBENCH_SETS[name], rows=tuple(map(row, lengths)), source="")
-        for name, lengths in (("trec", (1, 2, 5000)), ("lcc", (3,)))
+        for name, lengths in (("trec", (1, 2, 5000)), ("lcc", (3, 4, 5000)))
     ]
-    scores = {"full": {"trec": [100.0, 0.0, 50.0], "lcc": [10.0]}}
+    scores = {"full": {"trec": [100.0, 0.0, 50.0], "lcc": [10.0, 50.0, 20.0]}}
     with ResultStore.open(tmp_path, {}) as store:
         (table,) = write_buckets(store, scores, sets)
     assert table.rows == (
         ("trec 0-4k", "2", "50.00 ± 50.00"),
-        ("lcc 0-4k", "1", "10.00"),
-        ("mean of sets 0-4k", "", "30.00"),
+        ("lcc 0-4k", "2", "30.00 ± 20.00"),
+        # Errors of independent sets: sqrt(50^2 + 20^2) / 2.
+        ("mean of sets 0-4k", "", "40.00 ± 26.93"),
         ("trec 4-8k", "1", "50.00"),
+        ("lcc 4-8k", "1", "20.00"),
+        # A set of one row has no error, and so neither has a mean with it.
+        ("mean of sets 4-8k", "", "35.00"),
     )
     assert json.loads((tmp_path / "pred/full/result_e.json").read_text()) == {
         "trec": {"0-4k": 50.0, "4-8k": 50.0, "8k+": None},
-        "lcc": {"0-4k": 10.0, "4-8k": None, "8k+": None},
+        "lcc": {"0-4k": 30.0, "4-8k": 20.0, "8k+": None},
     }
 
 

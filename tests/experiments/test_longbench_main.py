@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ from experiments.core.errors import UserError, run_main
 from experiments.core.options import Slots, parse_policy
 from experiments.core.plans import describe_plan, make_plan, make_policy
 from experiments.longbench.__main__ import main
+from experiments.longbench.cli import TEMPLATE_ROOM, longest_text
 from restkv_jax.decode import TOVA, AdaKV, CachePlan, RestKV, SnapKV
 from tests.experiments.programs import assert_refused, interrupted_after
 
@@ -151,6 +153,8 @@ def test_the_table_names_the_real_benchmark_and_the_offline_suite_apart(whole, c
         (["--budget", "1.5"], "budget"),
         (["--budget", "99999999999"], "budget"),
         (["--max-length", "99999999"], "max-length"),
+        # 40,960 less 64 of trec's answers and 256 of the chat template.
+        (["--max-length", "40641"], "--max-length 40641: expected at most 40640"),
         (["--sets", "hotpotqa,nope"], "nope"),
         (["--model", "/does/not/exist"], "/does/not/exist"),
         (["--data", "/does/not/exist"], "/does/not/exist"),
@@ -162,6 +166,38 @@ def test_bad_input_is_one_line_and_leaves_nothing(data, tmp_path, capsys, extra,
     out = tmp_path / "run"
     code = run(data, out, *extra)
     assert_refused(code, capsys.readouterr().err, culprit, out)
+
+
+@pytest.mark.parametrize(
+    ("asked", "context", "answer", "chat", "found"),
+    [
+        (None, 8192, 1200, True, 8192 - 1200 - TEMPLATE_ROOM),
+        (None, 8192, 32, False, 8192 - 32 - 32),
+        (8192 - 512 - TEMPLATE_ROOM, 8192, 512, True, 8192 - 512 - TEMPLATE_ROOM),
+        (100, 8192, 512, True, 100),
+        (None, None, 512, True, 4096),
+        (10**6, None, 512, True, 10**6),
+    ],
+)
+def test_prompts_leave_room_for_the_answer_and_the_template(asked, context, answer, chat, found):
+    args = argparse.Namespace(max_length=asked)
+    assert longest_text(args, context, answer=answer, chat=chat) == found
+
+
+@pytest.mark.parametrize(
+    ("asked", "context", "answer", "chat", "message"),
+    [
+        (8192, 8192, 1200, True, r"--max-length 8192: expected at most 6736: .* up to 1200 .* 256"),
+        (7425, 8192, 512, True, r"--max-length 7425: expected at most 7424"),
+        (8129, 8192, 32, False, r"--max-length 8129: expected at most 8128: .* up to 32$"),
+        (None, 512, 256, True, r"--model: no room for a prompt: the model holds 512 tokens"),
+        (16, 512, 241, True, r"--model: no room for a prompt"),
+    ],
+)
+def test_lengths_without_that_room_are_refused(asked, context, answer, chat, message):
+    args = argparse.Namespace(max_length=asked)
+    with pytest.raises(UserError, match=message):
+        longest_text(args, context, answer=answer, chat=chat)
 
 
 def test_a_broken_line_is_named_before_anything_runs(data, tmp_path, capsys):

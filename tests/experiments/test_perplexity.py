@@ -14,11 +14,13 @@ import pytest
 from experiments.core.errors import UserError, run_main
 from experiments.core.likelihood import follow
 from experiments.core.options import Ratio, Slots, parse_policy
+from experiments.core.results import ResultStore
 from experiments.core.texts import Text
-from experiments.perplexity.__main__ import main
+from experiments.perplexity import report
+from experiments.perplexity.__main__ import likelihood_row, main
 from experiments.perplexity.documents import build_sets, cut_documents
 from experiments.perplexity.measure import Likelihoods, make_plans, mean_nll
-from experiments.perplexity.report import stretches
+from experiments.perplexity.report import perplexity_of, perplexity_ratios, stretches, write_report
 from restkv_jax.decode import extend, pad_prompts, prefill
 from tests.experiments.fakes import BOS, CharTokenizer
 from tests.experiments.programs import assert_refused
@@ -164,6 +166,73 @@ def test_stretches_cover_a_range():
     assert stretches(2, 5) == [(0, 1), (1, 2)]
 
 
+def test_a_perplexity_lies_within_the_exponentials_of_an_error():
+    # Mean 2 and standard error 1: the perplexity's own range is not symmetric.
+    found = perplexity_of([1.0, 3.0])
+    assert (found.value, found.low, found.high) == pytest.approx(np.exp([2, 1, 3]))
+    assert str(found) == "7.389 (2.718 to 20.086)"
+    alone = perplexity_of([2.0])
+    assert (alone.value, alone.low, alone.high) == (pytest.approx(np.exp(2)), None, None)
+    assert str(alone) == "7.389"
+
+
+def test_ratios_are_exponentials_of_paired_differences():
+    texts = [1.0, 5.0, 2.0, 4.0, 3.0]
+    scores = {
+        "full": {"decode": texts, "prefill": texts[:4]},
+        # Twice as perplexed by every text, however much these differ.
+        "x": {"decode": [t + np.log(2) for t in texts], "prefill": [t + 1 for t in texts[:4]]},
+        "y": {"decode": [9.0, 5.0, 2.0, 4.0, 3.0], "prefill": texts[:4]},
+    }
+    found = perplexity_ratios(scores)
+    double = {"policy": "x", "against": "full", "ratio": 2.0, "low": 2.0, "high": 2.0, "n": 5}
+    assert found["decode"][0] == double
+    assert [(e["policy"], e["against"]) for e in found["decode"]] == [
+        ("x", "full"),
+        ("y", "full"),
+        ("y", "x"),
+    ]
+    # One text of five differs, by 8 nats: none of it is drawn in a third of the draws.
+    assert found["decode"][1]["ratio"] == pytest.approx(np.exp(8 / 5), abs=1e-3)
+    assert found["decode"][1]["low"] == 1.0
+    assert found["decode"][1]["high"] > np.exp(8 / 5)
+    few = {"policy": "x", "against": "full", "ratio": 2.7183, "low": None, "high": None, "n": 4}
+    assert found["prefill"][0] == few
+
+
+def test_the_report_by_hand(tmp_path, monkeypatch):
+    nll = {"full": [[0.0, 0.0, 1.0, 1.0], [0.0, 2.0, 1.0, 3.0]], "x": [[1.0] * 4, [1.0] * 4]}
+    rows = [dataclasses.replace(row, length=5) for row in documents() * 2]
+    sets = build_sets(rows, ["decode"], length=5, prompt=1, source="")
+    drawn = {}
+    monkeypatch.setattr(report, "lines", lambda path, series, **options: drawn.update(options))
+    with ResultStore.open(tmp_path, {}, likelihood_row) as store:
+        for policy, texts in nll.items():
+            store.done(policy, "decode", rows)
+            for row, values in zip(rows, texts, strict=True):
+                store.append(policy, "decode", row, values, {})
+        scores = {p: {"decode": [sum(t) / 4 for t in texts]} for p, texts in nll.items()}
+        whole, parts, ratios = write_report(store, scores, sets, length=5, bins=2, plots=True)
+    content = json.loads((tmp_path / "perplexity.json").read_text())["decode"]
+    # Means of the texts 0.5 and 1.5, of their halves 0 and 1, 1 and 2: an error of 0.5 each time.
+    assert content["perplexity"] == {"full": 2.7183, "x": 2.7183}
+    assert content["standard_error"]["full"] == pytest.approx(np.exp([0.5, 1.5]), abs=1e-4)
+    assert content["standard_error"]["x"] == [2.7183, 2.7183]
+    assert content["perplexity_by_position"]["full"] == pytest.approx(np.exp([0.5, 1.5]), abs=1e-4)
+    expected = np.exp([[0.0, 1.0], [1.0, 2.0]])
+    np.testing.assert_allclose(content["standard_error_by_position"]["full"], expected, atol=1e-4)
+    assert (content["texts"], content["tokens"]) == (2, 8)
+    (ratio,) = content["ratios"]
+    assert (ratio["policy"], ratio["ratio"], ratio["low"]) == ("x", 1.0, None)
+    assert whole.rows == (("decode", "8", "2.718 (1.649 to 4.482)", "2.718 (2.718 to 2.718)"),)
+    assert parts.rows[1][:2] == ("decode 3 to 4", "4.482 (2.718 to 7.389)")
+    assert ratios.rows == (("decode", "x / full", "2", "1.0000", "-"),)
+    middle = np.exp([0.5, 1.5])
+    np.testing.assert_allclose(
+        drawn["errors"]["full"], [middle - expected[:, 0], expected[:, 1] - middle]
+    )
+
+
 def run(out, *extra):
     arguments = ["--model", MODEL, "--out", str(out), "--budget", "40", "--length", "96"]
     arguments += ["--rows", "2", "--bins", "3", "--evict-every", "16"]
@@ -183,6 +252,8 @@ def test_a_run_leaves_likelihoods_tables_and_plots(tmp_path, capsys):
         assert content[mode]["tokens"] == 2 * tokens
         expected = np.exp(np.mean([row["pred"] for row in rows]))
         assert content[mode]["perplexity"]["full"] == pytest.approx(expected, rel=1e-4)
+        low, high = content[mode]["standard_error"]["full"]
+        assert low < expected < high
         assert content[mode]["positions"][-1][1] == 96
         parts = content[mode]["perplexity_by_position"]["full"]
         sizes = [b - a for a, b in content[mode]["positions"]]

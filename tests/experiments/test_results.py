@@ -159,6 +159,23 @@ def test_rows_of_other_data_are_refused(tmp_path):
             store.done("full", "a", rows)
 
 
+def test_lines_of_earlier_versions_may_lack_fields(tmp_path):
+    def earlier(row, index, prediction):
+        return {"pred": prediction, "answers": list(row.answers), "index": index}
+
+    for record, counted in ((earlier, True), (lambda *_: {"answers": ["é", "b"]}, False)):
+        folder = tmp_path / str(counted)
+        with ResultStore.open(folder, CONFIG, record) as store:
+            store.done("full", "a", ROWS)
+            append(store, "full", 0)
+        with ResultStore.open(folder, CONFIG) as store:
+            if counted:
+                assert store.done("full", "a", ROWS) == 1
+            else:
+                with pytest.raises(UserError, match="is not this run's row"):
+                    store.done("full", "a", ROWS)
+
+
 def test_damaged_or_missing_meta(tmp_path):
     with ResultStore.open(tmp_path, CONFIG) as store:
         store.done("full", "a", ROWS)

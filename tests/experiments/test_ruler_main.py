@@ -178,6 +178,8 @@ def test_contexts_are_compressed_without_their_questions(whole, agnostic):
         aware = lines_of(whole / "timing", "streaming")[i]
         blind = lines_of(out / "timing", "streaming")[i]
         assert aware["prompt_tokens"] == blind["prompt_tokens"] == len(context) + len(question)
+        assert aware["context_tokens"] == aware["prompt_tokens"]
+        assert blind["context_tokens"] == len(context)
         assert aware["kept_slots"] == blind["kept_slots"] == 48
         assert lines_of(out / "timing", "full")[i]["kept_slots"] == len(context)
     assert "query-agnostic" in (out / "table.md").read_text()
