@@ -56,7 +56,12 @@ class Ablation(WindowPolicy):
             )
             return snapkv.past_scores(layer, capacity, budget)
         past = self.past_columns(layer)
-        received = jnp.sum(layer.window_weights(self.window)[..., :past], axis=2)
+        received = layer.once(  # the same for all budgets
+            (self.name, self.window, past),
+            lambda: layer.window_scores(
+                self.window, jnp.ones(self.window), kind="attention", past=past
+            ),
+        )
         length = jnp.linalg.norm(layer.v[:, :, :past].astype(jnp.float32), axis=-1)
         scores = received * layer.by_query_head(length)
         return average_pool(scores, self.poolable(layer), self.kernel)

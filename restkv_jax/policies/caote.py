@@ -53,7 +53,7 @@ class CAOTE(WindowPolicy):
         del capacity, budget
         past = self.past_columns(layer)
         rows = temporal_weights(self.temporal, self.window, self.alpha)
-        weights = jnp.einsum("bnwt,w->bnt", layer.window_weights(self.window), rows)[..., :past]
+        weights = layer.window_scores(self.window, rows, kind="attention", past=past)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         weights /= jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         if self.fast:

@@ -8,7 +8,6 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.window_scores import per_query_reconstruction
 from restkv_jax.layer import LayerInputs
 from restkv_jax.policies.base import WindowPolicy
 
@@ -24,11 +23,11 @@ class DropKV(WindowPolicy):
     ) -> Float[Array, "B N P"]:
         """Squared errors, summed over the window's queries."""
         del capacity, budget
-        return per_query_reconstruction(
-            layer.window_weights(self.window),
-            layer.seen_values,
-            layer.distance_factor(project=False),
+        return layer.window_scores(
+            self.window,
             jnp.ones(self.window),
-            power=2.0,
+            kind="per_query",
             past=self.past_columns(layer),
+            factor=layer.distance_factor(project=False),
+            power=2.0,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from restkv_jax.layer import LayerInputs
@@ -28,4 +29,5 @@ class TOVA(TokenPolicy):
 
     def token_scores(self, layer: LayerInputs) -> Float[Array, "B 1 T"]:
         """mean_h A_h[last query]."""
-        return layer.mean_over_heads(layer.window_weights(1)[:, :, 0, : layer.columns])
+        last = layer.window_scores(1, jnp.ones(1), kind="attention", past=layer.columns)
+        return layer.mean_over_heads(last)
