@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.core.errors import UserError
+from experiments.core.harness import read_task
 from experiments.core.uncertainty import Aggregate
 from experiments.lm_eval.offline import TASKS, write_tasks
 from experiments.lm_eval.report import Metric
@@ -41,7 +42,8 @@ def find_tasks(names: Sequence[str], folder: Path | None) -> Any:
         folder: with more task files.
 
     Raises:
-        UserError: the harness is not installed, or a name is unknown.
+        UserError: the harness is not installed, or a name is unknown; files of the folder that
+            cannot be read are named then.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -51,7 +53,8 @@ def find_tasks(names: Sequence[str], folder: Path | None) -> Any:
     manager = TaskManager(include_path=None if folder is None else str(folder))
     for name in names:
         if name not in manager.task_index:
-            raise UserError(f"--tasks: unknown task {name!r}")
+            damaged = "; ".join(_damaged(folder)) if folder is not None else ""
+            raise UserError(f"--tasks: unknown task {name!r}" + (damaged and f"; {damaged}"))
     return manager
 
 
@@ -68,10 +71,9 @@ def load_tasks(manager: Any, names: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: one cannot be loaded.
     """
-    try:
-        return dict(manager.load(list(names))["tasks"])
-    except (OSError, ConnectionError) as error:
-        raise UserError(f"--tasks {','.join(names)}: cannot be loaded ({error})") from error
+    # What the data library logs of data that it cannot read, it raises as well.
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    return {task: loaded for name in names for task, loaded in _load(manager, name).items()}
 
 
 def harness_aggregate(tasks: Mapping[str, Any], metric: Metric) -> Aggregate | None:
@@ -90,3 +92,45 @@ def harness_aggregate(tasks: Mapping[str, Any], metric: Metric) -> Aggregate | N
     known = dict(AGGREGATION_REGISTRY.items()).values()
     function = tasks[metric.task].aggregation().get(metric.name)
     return function if function in known else None
+
+
+def _load(manager: Any, name: str) -> dict[str, Any]:
+    try:
+        return dict(manager.load([name])["tasks"])
+    # Files and data are anyone's: the harness and its data library raise what they come upon.
+    except Exception as error:
+        entry = manager.task_index[name]
+        for member in _members(entry):
+            if member in manager.task_index:
+                _load(manager, member)  # complains of the one at fault
+        config = entry.cfg or {}
+        data = (config.get("dataset_kwargs") or {}).get("data_files")
+        where = ", ".join(str(one) for one in (entry.yaml_path, data) if one)
+        raise UserError(
+            f"--tasks {name}: cannot be loaded ({where or 'a tag'}): {_reason(error)}"
+        ) from error
+
+
+def _members(entry: Any) -> list[str]:
+    """What a group or a tag, which has no file, consists of; nothing for a task."""
+    members = sorted(entry.tags) if entry.cfg is None else entry.cfg.get("task")
+    if not isinstance(members, list):
+        return []
+    return [m if isinstance(m, str) else m.get("task") or m.get("group") for m in members]
+
+
+def _reason(error: BaseException) -> str:
+    """An error and what caused it; the type alone often says more than the message."""
+    own = f"{type(error).__name__}: {error}".rstrip(": ")
+    return own if error.__cause__ is None else f"{own}: {_reason(error.__cause__)}"
+
+
+def _damaged(folder: Path) -> list[str]:
+    """What is wrong with the task files of a folder, which the harness passes over in silence."""
+    found = []
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            read_task(path)
+        except (OSError, ValueError) as error:
+            found.append(f"{path} cannot be read ({error})")
+    return found
