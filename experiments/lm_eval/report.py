@@ -98,7 +98,7 @@ def sort_metrics(
             for policy, values in own.items():
                 found.scores[policy][metric.label] = [100.0 * float(value) for value in values]
         elif aggregate and all(_has_figure(values, aggregate) for values in own.values()):
-            found.aggregates[metric.label] = aggregate
+            found.aggregates[metric.label] = _or_nan(aggregate)
             for policy, values in own.items():
                 found.parts[policy][metric.label] = values
         else:
@@ -176,6 +176,18 @@ def _has_figure(values: Sequence[Any], aggregate: Aggregate) -> bool:
         return False
     figure = aggregate(values)
     return isinstance(figure, numbers.Real) and math.isfinite(figure)
+
+
+def _or_nan(aggregate: Aggregate) -> Aggregate:
+    """The figure, NaN where a draw of the rows has none: it lacks a class, or is too large."""
+
+    def figure(rows: Sequence[Any]) -> float:
+        try:
+            return aggregate(rows)
+        except (ArithmeticError, ValueError):
+            return math.nan
+
+    return figure
 
 
 def _holds_text(value: Any) -> bool:

@@ -81,6 +81,15 @@ def test_figures_of_sets_have_errors_where_they_can_be_had():
         assert [metric.name for metric in sort(pairs, pairs, aggregate).others] == ["wide"]
 
 
+def test_a_figure_that_some_draws_do_not_have_has_no_error():
+    rows = samples(*({"ppl": -600.0 - 30 * i} for i in range(6)))
+    found = sort(rows, rows, lambda values: math.exp(-statistics.fmean(values)))
+    summary = summarise_sets(found)
+    assert summary["score"]["x"]["t ppl"] == pytest.approx(math.exp(675))
+    assert summary["standard_error"]["x"]["t ppl"] is None
+    assert summary["paired"][0]["sets"]["t ppl"]["high"] is None
+
+
 def test_where_nothing_was_written_down_no_compression_is_said(tmp_path):
     nothing = read_compression(RowFile(tmp_path / "none.jsonl"))
     assert compression_table({"full": nothing}).rows == (("full", "0", *["-"] * 5),)
