@@ -48,8 +48,11 @@ def read_task(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path.name}: {error}") from error
     if not isinstance(task, dict):
         raise ValueError(f"{path.name} holds no settings")
-    included = task.get("include")
-    return {**read_task(path.with_name(included)), **task} if included else task
+    included = task.get("include") or []
+    merged: dict[str, Any] = {}
+    for file in [included] if isinstance(included, str) else included:
+        merged |= read_task(path.parent / file)
+    return merged | task
 
 
 def unreadable(what: str, error: Exception) -> UserError:

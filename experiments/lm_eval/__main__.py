@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,17 @@ from experiments.core.plans import describe_plan, make_plan
 from experiments.core.program import check_length, load_model, read_policies
 from experiments.core.results import ResultStore, fingerprint, folder_name
 from experiments.core.storage import RowFile, dump_json, write_atomic
-from experiments.core.table import (
-    TextTable,
-    difference_table,
-    markdown,
-    print_tables,
-    printed_differences,
-    score_table,
-)
+from experiments.core.table import TextTable, markdown, print_tables
 from experiments.lm_eval.cli import build_parser
-from experiments.lm_eval.offline import TASKS, write_tasks
+from experiments.lm_eval.report import (
+    metric_rows,
+    plain_results,
+    report_tables,
+    sort_metrics,
+    summarise_sets,
+)
+from experiments.lm_eval.tasks import find_tasks, harness_aggregate, load_tasks, task_folder
 from models import LanguageModel
-from models.sources import cache_folder
 from restkv_jax.decode import weights_fingerprint
 
 _DEFAULT_LENGTH = 4096
@@ -44,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     policies = read_policies(args)  # cheap complaints first: before anything is downloaded
     if args.data != "hub":
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    tasks = _task_manager(args, _task_folder(args))
+    data = task_folder(args)
+    names = [name.strip() for name in args.tasks.split(",")]
+    manager = find_tasks(names, data)
+    tasks = load_tasks(manager, names)
     language_model = load_model(args)
     if args.max_length is not None:
         check_length("--max-length", args.max_length, language_model)
@@ -85,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             label: folder / "requests" / f"{label}-{fingerprint({**key, 'policy': plan})}"
             for label, plan in plans.items()
         }
-        found, own = _evaluate(args, tasks, language_model, policies, requests, max_length)
-        tables = _report(store, found, own)
+        found, own = _evaluate(args, names, manager, language_model, policies, requests, max_length)
+        tables = _report(store, found, own, tasks)
         store.write_meta({"finished": True, "environment": environment()})
     print_tables(tables)
     print(f"results: {folder}")
@@ -95,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(
     args: argparse.Namespace,
-    tasks: Any,
+    names: Sequence[str],
+    manager: Any,
     language_model: LanguageModel,
     policies: Sequence[PolicyText],
     requests: dict[str, Path],
@@ -134,8 +136,8 @@ def _evaluate(
         try:
             found[policy.label] = simple_evaluate(
                 model=lm,
-                tasks=[name.strip() for name in args.tasks.split(",")],
-                task_manager=tasks,
+                tasks=list(names),
+                task_manager=manager,
                 num_fewshot=args.fewshot,
                 limit=args.limit,
                 use_cache=str(requests[policy.label]),
@@ -151,9 +153,9 @@ def _evaluate(
     return found, compression_table(compression)
 
 
-def _report(store: ResultStore, found: dict[str, Any], compression: TextTable) -> list[TextTable]:
-    from experiments.lm_eval.report import common_scores, plain_results, row_scores
-
+def _report(
+    store: ResultStore, found: dict[str, Any], compression: TextTable, loaded: Mapping[str, Any]
+) -> list[TextTable]:
     harness = {policy: plain_results(results) for policy, results in found.items()}
     write_atomic(store.folder / "harness.json", dump_json(harness))
     columns = list(compression.columns[1:])
@@ -161,40 +163,16 @@ def _report(store: ResultStore, found: dict[str, Any], compression: TextTable) -
         store.folder / "compression.json",
         dump_json({row[0]: dict(zip(columns, row[1:], strict=True)) for row in compression.rows}),
     )
-    scores = common_scores({policy: row_scores(results) for policy, results in found.items()})
-    result = store.write_result(scores)
-    title = "lm-evaluation-harness, mean of the rows, 0-100"
-    tables = [score_table(title, result), compression]
-    every = [difference_table(result, "sets")] if result["paired"] else []
-    write_atomic(store.folder / "table.md", markdown([*tables, *every]))
-    return [*tables, *printed_differences(result)]
-
-
-def _task_folder(args: argparse.Namespace) -> Path | None:
-    """The folder that `--data` names, None for the hub; chooses tasks where none are named."""
-    if args.data == "offline":
-        args.tasks = args.tasks or ",".join(TASKS)
-        return write_tasks(cache_folder())
-    if args.tasks is None:
-        raise UserError("--tasks: expected the names of tasks; only --data offline has a default")
-    if args.data == "hub":
-        return None
-    if not Path(args.data).is_dir():
-        raise UserError(f"--data {args.data}: no such folder")
-    return Path(args.data)
-
-
-def _task_manager(args: argparse.Namespace, folder: Path | None) -> Any:
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UserError('the harness is not installed: pip install "restkv-jax[eval]"') from None
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    tasks = TaskManager(include_path=None if folder is None else str(folder))
-    for name in args.tasks.split(","):
-        if not tasks.match_tasks([name.strip()]):
-            raise UserError(f"--tasks: unknown task {name.strip()!r}")
-    return tasks
+    metrics = sort_metrics(
+        {policy: metric_rows(results) for policy, results in found.items()},
+        lambda metric: harness_aggregate(loaded, metric),
+    )
+    result = store.write_result(metrics.scores)
+    sets = summarise_sets(metrics)
+    write_atomic(store.folder / "sets.json", dump_json(sets))
+    figures, printed, every = report_tables(result, sets, harness, metrics.others)
+    write_atomic(store.folder / "table.md", markdown([*figures, compression, *every]))
+    return [*figures, compression, *printed]
 
 
 if __name__ == "__main__":

@@ -10,12 +10,16 @@ _EPILOG = """\
 what is measured: the tasks of the lm-evaluation-harness, with its prompts, few-shot examples and
 metrics. The context of a request is prefilled and evicted, then its continuations are scored, or
 the answer is generated, from the evicted cache. The harness's tasks are often shorter than a
-budget: how far the contexts really were compressed is always printed.
+budget: how far the contexts really were compressed is always printed. In tasks that score whole
+texts the cache is evicted while a text goes on; what it held at the end of each window counts.
 
 what is written:
-  result.json         scores of all policies, errors, n, paired differences on the same rows
+  result.json         scores of all policies, errors, n, paired differences on the same rows, of
+                      metrics that are a number from 0 to 1 for each row
+  sets.json           the same of figures that a set has as a whole (perplexity, F1, correlation),
+                      by the harness's own functions, with errors from a bootstrap of the rows
   harness.json        what the harness itself says of each policy
-  compression.json    what the contexts were compressed to
+  compression.json    what contexts and whole texts were compressed to
   requests/           answers that are there already, a file for each policy
   table.md, run_meta.json
 

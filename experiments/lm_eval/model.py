@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,10 +14,26 @@ from lm_eval.utils import get_rolling_token_windows
 from experiments.core.errors import UserError
 from experiments.lm_eval.scoring import Scorer, stop_tokens
 
-# (tokens of a window, how many of its last ones count) -> their summed log-probability.
-RollingScore = Callable[[Sequence[int], int], float]
-
 _MOST_NEW_TOKENS = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Window:
+    """A part of a whole text after it was scored.
+
+    Attributes:
+        logprob: summed log-probability of the tokens that count, in nats.
+        kept: filled slots at its end, mean over layers and heads.
+        cache_bytes: size of the cache.
+    """
+
+    logprob: float
+    kept: float
+    cache_bytes: int
+
+
+# (tokens of a window, how many of its last ones count) -> what they come to.
+RollingScore = Callable[[Sequence[int], int], Window]
 
 
 @register_model("restkv_jax")
@@ -133,7 +150,10 @@ class EvictedLM(TemplateLM):
                 max_seq_len=self.max_length - 1,
                 context_len=1,
             ):
-                total += self._rolling([*before, predicted[-1]], len(predicted))
+                tokens = (*before, predicted[-1])
+                window = self._rolling(tokens, len(predicted))
+                self._scorer.note(self._label, tokens, len(tokens), window.kept, window.cache_bytes)
+                total += window.logprob
             totals.append(total)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals

@@ -112,8 +112,25 @@ class Scorer:
             for other, answer in answers.items():
                 self._texts[other][key] = answer.token_ids
                 size = len(prompt) - held
-                self._note(other, prompt, size, answer.kept_slots, answer.cache_bytes)
+                self.note(other, prompt, size, answer.kept_slots, answer.cache_bytes)
         return self._texts[label][key]
+
+    def note(
+        self, label: str, context: tuple[int, ...], tokens: int, kept: float, size: int
+    ) -> None:
+        """Writes down what a context, or a window of a whole text, was compressed to.
+
+        Args:
+            label: the policy.
+            context: by which it is known.
+            tokens: how many the cache has seen.
+            kept: filled slots, mean over layers and heads.
+            size: bytes of the cache.
+        """
+        if self._compression is not None:
+            digest = hashlib.sha256(np.asarray(context, np.int32).tobytes()).hexdigest()[:16]
+            row = {"context": digest, "tokens": tokens, "kept": kept, "bytes": size}
+            self._compression[label].append(row)
 
     def _score(
         self,
@@ -131,7 +148,7 @@ class Scorer:
             self.model, *pad_prompts([prompt]), plans=tuple(plans[other] for other in labels)
         )
         for other, cache in zip(labels, caches, strict=True):
-            self._note(other, context, len(prompt), kept_slots(cache), cache.total_bytes)
+            self.note(other, context, len(prompt), kept_slots(cache), cache.total_bytes)
             for continuation in continuations:
                 rest = [*context[len(prompt) :], *continuation]
                 width = _width(len(rest))
@@ -163,18 +180,10 @@ class Scorer:
             for label in labels
         }
 
-    def _note(
-        self, label: str, context: tuple[int, ...], tokens: int, kept: float, size: int
-    ) -> None:
-        if self._compression is not None:
-            digest = hashlib.sha256(np.asarray(context, np.int32).tobytes()).hexdigest()[:16]
-            row = {"context": digest, "tokens": tokens, "kept": kept, "bytes": size}
-            self._compression[label].append(row)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compression:
-    """What contexts were compressed to, each different one counted once.
+    """What contexts and windows of whole texts were compressed to, each different one counted once.
 
     Attributes:
         contexts: how many.
@@ -192,8 +201,8 @@ class Compression:
 
     @property
     def factor(self) -> float:
-        """Tokens for each slot that is kept: the effective compression."""
-        return self.tokens / self.kept if self.kept else 1.0
+        """Tokens for each slot that is kept: the effective compression; of one context at least."""
+        return self.tokens / self.kept
 
 
 def read_compression(file: RowFile) -> Compression:
@@ -213,21 +222,23 @@ def read_compression(file: RowFile) -> Compression:
 
 
 def compression_table(compression: Mapping[str, Compression]) -> TextTable:
-    """Policy x what the contexts were compressed to."""
-    rows = tuple(
-        (
-            policy,
-            str(found.contexts),
-            str(found.evicted),
-            f"{found.tokens:.1f}",
-            f"{found.kept:.1f}",
-            f"{found.factor:.2f}x",
-            human_bytes(found.cache_bytes),
-        )
-        for policy, found in compression.items()
-    )
+    """Policy x what contexts and windows were compressed to; "-" where none was written down."""
     columns = ("policy", "contexts", "evicted", "tokens", "kept slots", "compression", "cache")
-    return TextTable("effective compression of the contexts, means", columns, rows)
+    rows = tuple((policy, *_cells(found)) for policy, found in compression.items())
+    return TextTable("effective compression of contexts and whole texts, means", columns, rows)
+
+
+def _cells(found: Compression) -> tuple[str, ...]:
+    if not found.contexts:
+        return "0", *["-"] * 5
+    return (
+        str(found.contexts),
+        str(found.evicted),
+        f"{found.tokens:.1f}",
+        f"{found.kept:.1f}",
+        f"{found.factor:.2f}x",
+        human_bytes(found.cache_bytes),
+    )
 
 
 def stop_tokens(

@@ -68,7 +68,10 @@ def write_buckets(store: ResultStore, scores: Scores, sets: Sequence[TaskSet]) -
         if len(filled) > 1:
             of_sets = ([own[name][bucket] for name in filled] for own in split.values())
             cells = (
-                _cell(statistics.fmean(map(statistics.fmean, own)), average_error(own))
+                _cell(
+                    statistics.fmean(map(statistics.fmean, own)),
+                    average_error(list(map(standard_error, own))),
+                )
                 for own in of_sets
             )
             rows.append((f"mean of sets {bucket}", "", *cells))

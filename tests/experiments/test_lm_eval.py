@@ -16,7 +16,6 @@ from experiments.core.options import Slots, parse_policy
 from experiments.core.storage import RowFile
 from experiments.lm_eval.__main__ import main
 from experiments.lm_eval.model import EvictedLM
-from experiments.lm_eval.report import common_scores, row_scores
 from experiments.lm_eval.rolling import rolling_score
 from experiments.lm_eval.scoring import Scorer, read_compression, stop_tokens
 from restkv_jax.decode import CachePlan, Streaming, generate
@@ -154,6 +153,22 @@ def test_rolling_windows_do_not_overlap(language_model, scorer):
     assert total == pytest.approx(expected, abs=TOLERANCE)
 
 
+def test_windows_of_whole_texts_count_as_compressed(language_model, tmp_path):
+    notes = {"streaming": RowFile(tmp_path / "notes.jsonl")}
+    policies = [parse_policy("streaming")]
+    noting = Scorer(language_model, policies, Slots(12), compression=notes)
+    text = f"{CONTEXT} boats come in when the wind is good."
+    harness_model(noting, "streaming", max_length=42).loglikelihood_rolling([request(text)])
+    tokens = 1 + len(language_model.tokenizer.encode(text, add_bos=False))
+    rows = notes["streaming"].load()
+    # The second window begins as early as it may, with tokens that do not count again.
+    assert [row["tokens"] for row in rows] == [42, 42]
+    assert 42 < tokens < 84
+    # 16 slots are filled, then each further token finds 12 to 15 of them taken.
+    assert [row["kept"] for row in rows] == [12 + (42 - 12 - 1) % 4 + 1] * 2 == [14, 14]
+    assert read_compression(notes["streaming"]).factor == 3.0
+
+
 def test_generation_ends_at_the_first_end_string(language_model, scorer):
     lm, tokenizer = harness_model(scorer, "streaming"), language_model.tokenizer
     prompt = tokenizer.encode(CONTEXT)
@@ -174,20 +189,6 @@ def test_stop_tokens_are_those_that_hold_an_end_string():
     texts = ["a", "b\n", "\n\n", "ab", "Q:"]
     assert stop_tokens(["\n", "Q"], 5, lambda ids: texts[ids[0]]) == (1, 2, 4)
     assert stop_tokens([], 5, lambda ids: texts[ids[0]]) == ()
-
-
-def test_rows_become_scores():
-    samples = [
-        {"doc_id": i, "filter": "none", "metrics": ["acc", "ppl"], "acc": float(i), "ppl": 7.0}
-        for i in (1, 0)
-    ]
-    assert row_scores({"samples": {"t": samples}}) == {"t acc": [0.0, 100.0]}
-    assert common_scores({"a": {"x": [1.0], "y": [2.0]}, "b": {"y": [3.0]}}) == {
-        "a": {"y": [2.0]},
-        "b": {"y": [3.0]},
-    }
-    with pytest.raises(UserError, match="no metric"):
-        common_scores({"a": {"x": [1.0]}, "b": {}})
 
 
 @pytest.fixture(scope="module")

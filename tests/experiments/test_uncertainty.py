@@ -1,5 +1,6 @@
 """Standard errors and paired bootstrap intervals, against formulas, counting and SciPy."""
 
+import math
 import statistics
 
 import numpy as np
@@ -124,3 +125,46 @@ def test_the_same_scores_give_the_same_intervals_in_any_company():
 def test_rows_that_are_not_the_same_are_refused():
     with pytest.raises(ValueError, match=r"y has 1 rows of set a, x has 2"):
         paired_differences({"x": {"a": [1.0, 2.0]}, "y": {"a": [1.0]}})
+
+
+def ratio(rows):
+    """A figure of a whole set: no mean of anything that a row has."""
+    return sum(a for a, _ in rows) / sum(b for _, b in rows)
+
+
+def test_an_aggregate_has_the_bootstraps_error_and_paired_interval():
+    rng = np.random.default_rng(0)
+    bottom, top = rng.uniform(1, 9, 40), rng.uniform(0, 9, (2, 40))
+    scores = {
+        p: {"a": list(zip(own, bottom, strict=True))} for p, own in zip("xy", top, strict=True)
+    }
+    result = summarise(scores, digits=6, aggregates={"a": ratio})
+
+    def statistic(x, y, b, axis=-1):
+        return (y.sum(axis) - x.sum(axis)) / b.sum(axis)
+
+    draws = {"n_resamples": 20_000, "method": "percentile", "paired": True}
+    expected = scipy.stats.bootstrap(
+        (*top, bottom), statistic, rng=np.random.default_rng(1), **draws
+    )
+    alone = scipy.stats.bootstrap(
+        (np.zeros(40), top[0], bottom), statistic, rng=np.random.default_rng(2), **draws
+    )
+    assert result["score"]["x"]["a"] == pytest.approx(top[0].sum() / bottom.sum(), abs=1e-6)
+    # 1,000 draws: their standard deviation is known to 1 / sqrt(2000) of it, one time in three.
+    assert result["standard_error"]["x"]["a"] == pytest.approx(alone.standard_error, rel=0.1)
+    found = result["paired"][0]["sets"]["a"]
+    assert found["difference"] == pytest.approx((top[1] - top[0]).sum() / bottom.sum(), abs=2e-6)
+    # The tail quantiles of 1,000 draws differ by about 0.08 of the error.
+    tolerance = 0.3 * expected.standard_error
+    assert found["low"] == pytest.approx(expected.confidence_interval.low, abs=tolerance)
+    assert found["high"] == pytest.approx(expected.confidence_interval.high, abs=tolerance)
+
+
+def test_an_aggregate_that_some_draws_do_not_have_has_no_error():
+    rows = [1.0, *[None] * 5]
+    scores = {p: {"a": rows, "b": rows[:1] * 6} for p in "xy"}
+    result = summarise(scores, aggregates={"a": lambda rows: 1.0 if 1.0 in rows else math.nan})
+    assert result["score"]["x"] == {"a": 1.0, "b": 1.0}
+    assert result["standard_error"]["x"] == {"a": None, "b": 0.0}
+    assert result["paired"][0]["sets"]["a"]["low"] is None
