@@ -23,6 +23,7 @@ from tests.pallas_kernels.cases import (
     appended,
     assert_written,
     expected,
+    first_row_padded,
     poisoned,
 )
 from tests.pallas_kernels.lowering import lowered
@@ -38,6 +39,12 @@ def assert_close(ours, theirs, dtype):
     tolerance = {"rtol": 2e-6, "atol": 1e-6} if exact else {"rtol": 5e-3, "atol": 2e-3}
     np.testing.assert_allclose(np.asarray(out, np.float64), theirs[0], **tolerance)
     np.testing.assert_allclose(weights, theirs[1], rtol=1e-5, atol=1e-7)
+
+
+def append(spec, *args):
+    # The interpreter does not pad what is written to: blocks must divide it.
+    tiling = Tiling(block=128) if spec.layers > 1 else None
+    return decode_attention_tpu(*args, **spec.options, weights=True, tiling=tiling, interpret=True)
 
 
 def new_entry(size=16, rows=1):
@@ -65,13 +72,26 @@ def test_new_entries_are_written_and_seen(spec, dtype):
     ours = jax.jit(reference)(*inputs, new)
     assert_close(ours, theirs, dtype)
     assert_written(ours[2], inputs, new)
-    # The interpreter does not pad what is written to: blocks must divide it.
-    tiling = Tiling(block=128) if spec.layers > 1 else None
-    run = functools.partial(decode_attention_tpu, tiling=tiling, interpret=True)
     inputs = poisoned(spec, inputs, new)
-    ours = run(*inputs, new, **spec.options, weights=True)
+    ours = append(spec, *inputs, new)
     assert_close(ours, theirs, dtype)
     assert_written(ours[2], inputs, new)
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa3", "gqa8_int8"])
+def test_padding_does_not_see_the_entry_that_it_writes(name):
+    spec = by_name[name]
+    inputs, new, unseen = first_row_padded(spec, jnp.float32)
+    theirs = expected(spec, appended(inputs, new))
+    reference = functools.partial(decode_attention, **spec.options, weights=True)
+    ours = jax.jit(reference)(*inputs, new)
+    assert_close(ours, theirs, jnp.float32)
+    assert_written(ours[2], inputs, new)
+    inputs = poisoned(spec, inputs, unseen)
+    ours = append(spec, *inputs, unseen)
+    assert_close(ours, theirs, jnp.float32)
+    assert not np.any(ours[0][0])
+    assert_written(ours[2], inputs, unseen)
 
 
 @pytest.mark.parametrize(
