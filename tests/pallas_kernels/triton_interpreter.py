@@ -187,12 +187,11 @@ def window_scores():
     from tests.pallas_kernels.test_window_scores import heavy_case
 
     several = Tiling(keys=32, parts=2, rows=16, scored=64, ranks=64)
-    cases = [(spec, jnp.float32, several) for spec in SCORES if not spec.large]
-    cases += [
-        (spec, dtype, None)
-        for spec in SCORES
-        for dtype in (jnp.bfloat16, jnp.float16)
-        if spec.name in ("mha_64", "gqa8_128")
+    small = [spec for spec in SCORES if not spec.large]
+    cases = [
+        *((spec, jnp.float32, several) for spec in small),
+        *((spec, jnp.bfloat16, None) for spec in small),
+        *((spec, jnp.float16, None) for spec in small if spec.name in ("mha_64", "gqa8_128")),
     ]
     for spec, dtype, tiling in cases:
         q, k, v, factor, mean, queries, places = spec.inputs(dtype)
