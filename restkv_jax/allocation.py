@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.masked_eviction import largest
 from restkv_jax.protocols import LayerSpec
 
 
@@ -172,7 +173,7 @@ class SharedBudget(HeadAllocation):
         heads = scores.shape[1]
         sure = jnp.floor(past * self.floor).astype(jnp.int32)[:, None, None]
         most = min(slots, scores.shape[-1])
-        _, best = jax.lax.top_k(scores, most)
+        _, best = largest(scores, most)
         best = jnp.where(jnp.arange(most) < sure, best, scores.shape[-1])
         floor = jnp.put_along_axis(
             jnp.zeros(scores.shape, bool), best, True, axis=-1, inplace=False, mode="drop"
@@ -283,7 +284,7 @@ def _winners(
 ) -> Int[Array, "B J"]:
     """How many of the row's `wanted` largest scores each head holds, -inf left out."""
     batch, heads, columns = scores.shape
-    best, chosen = jax.lax.top_k(scores.reshape(batch, -1), min(most, heads * columns))
+    best, chosen = largest(scores.reshape(batch, -1), min(most, heads * columns))
     counted = (best > -jnp.inf) & (jnp.arange(best.shape[-1]) < wanted[:, None])
     head = jnp.where(counted, chosen // columns, heads)
     return jnp.sum(head[:, None] == jnp.arange(heads)[:, None], axis=-1, dtype=jnp.int32)

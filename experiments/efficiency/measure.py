@@ -48,9 +48,10 @@ def measure_cell(
     Returns:
         In seconds: `ttft_s` to the first token, `score_s` and `evict_s` of all layers in a
         prefill, `token_s` of a decoded token, `ttft_floor_s` and `token_floor_s`; of a full cache
-        also `attention_s` and `library_attention_s` of all layers in one step, and
-        `baseline_token_s`, the step with the better of the two. In bytes: the cache, what the
-        programs have alive, and what the process has ever had, if this cell raised that.
+        also `attention_s` and `library_attention_s` of all layers in one step, unless a layer has
+        a sliding window, and `baseline_token_s`, the step with the better of the two. In bytes:
+        the cache, what the programs have alive, and what the process has ever had, if this cell
+        raised that.
     """
     before = used_bytes()
     config, specs, dtype = subject.config, subject.model.layer_specs, subject.model.kv_dtype
@@ -99,13 +100,17 @@ def measure_cell(
         "observed_peak_bytes": after if after > before else None,
         "floor": floor._asdict(),
     }
-    if not plan.policy.needs_budget and not any(spec.window for spec in specs):
+    if plan.policy.needs_budget:
+        return found
+    spared = 0.0
+    # The attention that is timed apart looks at all slots, which a layer with a window has not.
+    if not any(spec.window for spec in specs):
         slots = cell.length + plan.headroom
         own, library = attention_seconds(specs[0], slots=slots, **sizes)
         found["attention_s"] = len(specs) * own
         found["library_attention_s"] = None if library is None else len(specs) * library
         spared = 0.0 if library is None else len(specs) * max(own - library, 0.0)
-        found["baseline_token_s"] = token - spared
+    found["baseline_token_s"] = token - spared
     return found
 
 

@@ -70,7 +70,7 @@ def write_buckets(store: ResultStore, scores: Scores, sets: Sequence[TaskSet]) -
             cells = (
                 _cell(
                     statistics.fmean(map(statistics.fmean, own)),
-                    average_error(list(map(standard_error, own))),
+                    average_error([*map(standard_error, own)]),
                 )
                 for own in of_sets
             )

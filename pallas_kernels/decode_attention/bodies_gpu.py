@@ -59,7 +59,7 @@ def part_kernel(  # type: ignore[no-untyped-def]
     """One part of one cache head's slots.
 
     The program whose part a new entry goes to begins its softmax with it, as it is given, and
-    writes it. Nobody reads the slot that it goes to.
+    writes it; padding writes it only. Nobody reads the slot that it goes to.
     """
     head = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * part
@@ -79,6 +79,7 @@ def part_kernel(  # type: ignore[no-untyped-def]
     if APPENDED:
         appended = tl.load(slot_ptr + head // heads) - begin
         here = (appended >= first) & (appended < first + part) & (appended < slots)
+        sees = here & (query >= 0)
         target = base + appended
         given = column < tl.where(here, size, 0)
         key = tl.load(new_k_ptr + head * size + column, mask=given, other=0.0)
@@ -87,16 +88,16 @@ def part_kernel(  # type: ignore[no-untyped-def]
         tl.store(v_ptr + target * size + column, value, mask=given)
         tl.store(positions_ptr + target, query, mask=here)
         product = scale * tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], axis=1)
-        sums += value.to(tl.float32)[None, :]
+        sums += tl.where(sees, value.to(tl.float32), 0.0)[None, :]
         if QUANTIZED:
             key_scale = tl.load(new_k_scale_ptr + head)
             value_scale = tl.load(new_v_scale_ptr + head)
             tl.store(k_scale_ptr + target, key_scale, mask=here)
             tl.store(v_scale_ptr + target, value_scale, mask=here)
             product *= key_scale
-            sums *= value_scale
-        peak = tl.where(here, soft_cap(product, softcap), float("-inf"))
-        total += tl.where(here, 1.0, 0.0)
+            sums *= tl.where(sees, value_scale, 0.0)
+        peak = tl.where(sees, soft_cap(product, softcap), float("-inf"))
+        total += tl.where(sees, 1.0, 0.0)
     own = peak
     for offset in range(0, part, BLOCK):
         slot = first + offset + tl.arange(0, BLOCK)

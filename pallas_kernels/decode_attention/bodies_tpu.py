@@ -52,6 +52,7 @@ class _New(NamedTuple):
     form: Form
     row: Any
     head: Any
+    query: Any  # its position, negative for padding
     slot: Any  # T or more for none
     place: Any  # of the slot in the block that was read
     # Inputs.
@@ -75,15 +76,16 @@ class _New(NamedTuple):
         return self.exists & (self.place >= 0) & (self.place < block)
 
     def attended(self, q: Array) -> tuple[Array, Array]:
-        """Logits [G, 1], and the value [1, H]; -inf and 0 if there is none."""
+        """Logits [G, 1], and the value [1, H]; -inf and 0 if there is none, or for padding."""
         key, value = (ref[0, 0].astype(jnp.float32) for ref in self.own_refs)
         products = q.astype(jnp.float32) * key
         logits = self.form.scale * jnp.sum(products, axis=1, keepdims=True)
         if self.scale_refs:
             k_scale, v_scale = self.scale_refs
             logits, value = logits * k_scale[0, 0], value * v_scale[0, 0]
-        logits = jnp.where(self.exists, self.form.bounded(logits), -math.inf)
-        return logits, jnp.where(self.exists, value, 0.0)
+        seen = self.exists & (self.query >= 0)
+        logits = jnp.where(seen, self.form.bounded(logits), -math.inf)
+        return logits, jnp.where(seen, value, 0.0)
 
     def into_tiles(self, *block_refs: Any) -> None:
         """Puts key and value into their tiles of the block that was read."""
@@ -112,6 +114,7 @@ class _New(NamedTuple):
 def attend_kernel(
     # Prefetched.
     start_ref: Any,  # [1] the layer's first block
+    query_ref: Any,  # [B] positions of the queries
     slot_ref: Any,  # [B] where new entries go
     # Inputs.
     q_ref: Any,  # [1, 1, G, H]
@@ -148,6 +151,7 @@ def attend_kernel(
             form=form,
             row=row,
             head=head,
+            query=query_ref[row],
             slot=slot,
             place=slot - (start_ref[0] + step) * block,
             own_refs=own_refs,

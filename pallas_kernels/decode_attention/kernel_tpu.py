@@ -139,7 +139,7 @@ def _attend(
         shape = (batch, cache_heads, blocks, group, block)
         outputs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
     by_head = pl.BlockSpec((1, 1, group, size), lambda b, j, *_: (b, j, 0, 0))
-    by_slot = pl.BlockSpec((1, 1, block, size), lambda b, j, s, at, _: (b, j, at[0] + s, 0))
+    by_slot = pl.BlockSpec((1, 1, block, size), lambda b, j, s, at, *_: (b, j, at[0] + s, 0))
     inputs = [q.reshape(outputs[0].shape), k, v, *marks]
     in_specs = [by_head, by_slot, by_slot, *map(_mark_spec, marks)]
     out_specs = [by_head, *map(_mark_spec, outputs[1:])]
@@ -153,7 +153,7 @@ def _attend(
         in_specs += [pl.BlockSpec((1, 1, *x.shape[2:]), lambda b, j, *_: (b, j, 0, 0)) for x in own]
         in_specs += [*map(entry_spec, narrow), *map(tile_spec, narrow)]
         written_to = [1, 2, *range(len(inputs) - len(narrow), len(inputs))]
-        aliases = {2 + i: len(outputs) + n for n, i in enumerate(written_to)}
+        aliases = {3 + i: len(outputs) + n for n, i in enumerate(written_to)}
         outputs += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v, *narrow)]
         out_specs += [pl.BlockSpec(memory_space=pl.ANY)] * 2
         out_specs += map(tile_spec, narrow)
@@ -172,7 +172,7 @@ def _attend(
     out, *others = pl.pallas_call(
         functools.partial(attend_kernel, form=form),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(batch, cache_heads, blocks),
             in_specs=in_specs,
             out_specs=out_specs,
@@ -186,7 +186,7 @@ def _attend(
         ),
         interpret=interpret,
         name="decode_attention",
-    )((start // block)[None], slot, *inputs)
+    )((start // block)[None], query, slot, *inputs)
     out = out.reshape(q.shape)
     logits, arrays = others[:weights], others[weights:]
     written = None if new is None else Entries.of(arrays)

@@ -12,6 +12,7 @@ from pallas_kernels.masked_eviction import kernel_tpu, reference
 from pallas_kernels.masked_eviction.reference import (
     Kept,
     compact,
+    largest,
     select_flat,
     select_slots,
     take,
@@ -23,6 +24,7 @@ from pallas_kernels.triton_extra import run_triton, without_triton
 __all__ = [
     "Kept",
     "compact",
+    "largest",
     "masked_eviction",
     "row_sum",
     "select_flat",
@@ -44,8 +46,8 @@ def masked_eviction(
 ) -> Kept:
     """Moves the entries of the `budget` largest importances of each head into C slots, in order.
 
-    Ties go to the lower column. What is moved is not changed, int8 entries and their scales
-    included.
+    Ties, of which -0 and 0 are one, go to the lower column. What is moved is not changed, int8
+    entries and their scales included.
 
     The reference sorts with `top_k` and gathers: it reads the C entries that stay. On a TPU a
     threshold search reads each score from HBM once, and one pass over K and V, each head's for

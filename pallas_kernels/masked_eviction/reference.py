@@ -73,7 +73,7 @@ def select_slots(
         budget: slots that each row may fill, at most C.
     """
     columns = importance.shape[-1]
-    values, chosen = jax.lax.top_k(importance, capacity)
+    values, chosen = largest(importance, capacity)
     taken = (jnp.arange(capacity) < budget[:, None, None]) & (values > -jnp.inf)
     ordered = jnp.sort(jnp.where(taken, chosen, columns), axis=-1)
     return jnp.where(ordered < columns, ordered, -1)
@@ -96,7 +96,7 @@ def select_flat(
     """
     batch, heads, columns = importance.shape
     most = min(capacity, columns)
-    values, chosen = jax.lax.top_k(importance, most)
+    values, chosen = largest(importance, most)
     taken = (jnp.arange(most) < counts[..., None]) & (values > -jnp.inf)
     mask = jnp.put_along_axis(
         jnp.zeros(importance.shape, bool),
@@ -111,6 +111,14 @@ def select_flat(
     empty = jnp.full((batch, capacity), -1, jnp.int32)
     flat = jnp.put_along_axis(empty, entry, source, axis=-1, inplace=False, mode="drop")[:, None]
     return jnp.where(flat >= 0, flat // columns, -1), jnp.where(flat >= 0, flat % columns, -1)
+
+
+def largest(
+    values: Float[Array, "*B T"], count: int
+) -> tuple[Float[Array, "*B C"], Int[Array, "*B C"]]:
+    """The C = `count` largest of each row and their columns, ties by column, -0 a tie with 0."""
+    # `top_k` alone puts 0 before -0, wherever they are.
+    return jax.lax.top_k(jnp.where(values == 0.0, 0.0, values), count)
 
 
 def compact(x: Float[Array, "B K T *E"], columns: Int[Array, "B J C"]) -> Float[Array, "B J C *E"]:

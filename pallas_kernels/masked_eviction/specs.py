@@ -62,11 +62,12 @@ class Spec:
     ) -> tuple[Array, Array | QuantArray, Array | QuantArray, Array, Array]:
         """The op's arrays: a third of the columns are pinned, empty or tied, all in the first set.
 
-        Of the last set of several, all columns are empty.
+        Of the last set of several, all columns are empty. Zeros have either sign, which ties.
         """
         r = np.random.default_rng(seed)
         importance = r.standard_normal((self.batch, self.sets, self.columns), np.float32)
-        special = r.choice([np.inf, -np.inf, 0.0, 1.5, -1.5], importance.shape).astype(np.float32)
+        choices = np.asarray([np.inf, -np.inf, 0.0, -0.0, 1.5, -1.5], np.float32)
+        special = r.choice(choices, importance.shape)
         importance = np.where(r.random(importance.shape) < 0.33, special, importance)
         importance[0, 0] = special[0, 0]
         if self.sets > 1:

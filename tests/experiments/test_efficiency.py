@@ -19,7 +19,7 @@ from experiments.efficiency import layers
 from experiments.efficiency.cells import Cell, DoesNotFit, abstract_cache, compile_cell, make_cells
 from experiments.efficiency.cli import build_parser
 from experiments.efficiency.report import table
-from experiments.efficiency.subject import open_subject
+from experiments.efficiency.subject import RANDOM, open_subject
 from experiments.efficiency.work import Work, decode_work, prefill_work, read_weights_bytes
 from experiments.kernel_bench import Floor
 from models import ModelConfig
@@ -244,6 +244,18 @@ def test_lists_of_numbers_are_checked(option):
             build_parser().parse_args([f"{option}={text}"])
     with pytest.raises(UserError, match="one is given twice"):
         build_parser().parse_args([option, "8,8"])
+
+
+def test_full_is_its_own_baseline_where_windows_slide(tmp_path, monkeypatch):
+    shape = {**RANDOM["tiny"], "architectures": ["MistralForCausalLM"], "sliding_window": 64}
+    monkeypatch.setitem(RANDOM, "tiny", shape)
+    monkeypatch.setattr(program, "measure_floor", lambda dtype: FLOOR)
+    options = ["--model", TINY, "--lengths", "256", "--tokens", "16", "--repeats", "1"]
+    assert program.main([*options, "--policy", "full", "--out", str(tmp_path)]) == 0
+    full = json.loads((tmp_path / "results.json").read_text())["cells"]["256x1/full"]
+    assert full["cache_bytes"] < 2 * 2 * 256 * 2 * 8 * 4  # the layers hold their windows
+    assert full["baseline_token_s"] == full["token_s"]
+    assert "library_attention_s" not in full
 
 
 def test_int8_weights_have_the_floor_of_their_activations(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.decode_attention import NewEntry
 from pallas_kernels.decode_attention.specs import SPECS
 from pallas_kernels.quantized import QuantArray
 
@@ -64,6 +65,20 @@ def appended(inputs, new):
 
     k, v = map(stored, cache[:2], (new.k, new.v))
     return q, k, v, put(cache[2], query), query, owners
+
+
+def first_row_padded(spec, dtype):
+    """Inputs whose first query is padding, new entries, and these with NaN in the first row."""
+    *arrays, query, owners = spec.inputs(dtype)
+    new = spec.new(dtype)
+
+    def poison(x):
+        if isinstance(x, QuantArray):
+            return QuantArray(values=x.values, scale=poison(x.scale))
+        return x.at[0].set(jnp.nan)
+
+    unseen = NewEntry(k=poison(new.k), v=poison(new.v), slot=new.slot)
+    return (*arrays, query.at[0].set(-1), owners), new, unseen
 
 
 def expected(spec, inputs):

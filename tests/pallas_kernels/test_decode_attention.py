@@ -23,6 +23,7 @@ from tests.pallas_kernels.cases import (
     appended,
     assert_written,
     expected,
+    first_row_padded,
     poisoned,
 )
 from tests.pallas_kernels.lowering import lowered
@@ -56,10 +57,8 @@ def test_reference_and_tpu_kernel_equal_float64(spec, dtype):
     assert_close(run(*poisoned(spec, inputs)), theirs, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spec", APPENDED, ids=lambda spec: spec.name)
-def test_new_entries_are_written_and_seen(spec, dtype):
-    inputs, new = spec.inputs(dtype), spec.new(dtype)
+def check_appending(spec, dtype, inputs, new, poisoned_new):
+    """The reference gets finite numbers, the kernel NaN in all that nobody sees."""
     theirs = expected(spec, appended(inputs, new))
     reference = functools.partial(decode_attention, **spec.options, weights=True)
     ours = jax.jit(reference)(*inputs, new)
@@ -68,10 +67,22 @@ def test_new_entries_are_written_and_seen(spec, dtype):
     # The interpreter does not pad what is written to: blocks must divide it.
     tiling = Tiling(block=128) if spec.layers > 1 else None
     run = functools.partial(decode_attention_tpu, tiling=tiling, interpret=True)
-    inputs = poisoned(spec, inputs, new)
-    ours = run(*inputs, new, **spec.options, weights=True)
+    inputs = poisoned(spec, inputs, poisoned_new)
+    ours = run(*inputs, poisoned_new, **spec.options, weights=True)
     assert_close(ours, theirs, dtype)
-    assert_written(ours[2], inputs, new)
+    assert_written(ours[2], inputs, poisoned_new)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", APPENDED, ids=lambda spec: spec.name)
+def test_new_entries_are_written_and_seen(spec, dtype):
+    new = spec.new(dtype)
+    check_appending(spec, dtype, spec.inputs(dtype), new, new)
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa3", "gqa8_int8"])
+def test_padding_does_not_see_the_entry_that_it_writes(name):
+    check_appending(by_name[name], jnp.float32, *first_row_padded(by_name[name], jnp.float32))
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,10 @@ needs_triton = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 @needs_triton
 def test_interpreted_kernel_equals_float64():
     errors = errors_of("decode_attention")
-    assert len(errors) == 4 * (len(CASES) + len(APPENDED))
+    assert len(errors) == 4 * (len(CASES) + 2 * len(APPENDED))
     for name, (out, weights) in errors.items():
-        # Outputs of at most 4; in float16 only the weights of the second product are rounded.
-        assert out < (5e-4 if "float16" in name else 2e-6), name
+        # Outputs of at most 4; in bfloat16 they and the weights of the second product are rounded.
+        assert out < (4e-3 if "bfloat16" in name else 2e-6), name
         assert weights < 5e-7, name
 
 

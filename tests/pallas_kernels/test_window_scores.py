@@ -46,14 +46,14 @@ def test_tpu_kernel_equals_the_reference(spec):
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["mha_64", "gqa8_128", "attention"])
-def test_tpu_kernel_equals_the_reference_in_bfloat16(name):
+@pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.name)
+def test_tpu_kernel_equals_the_reference_in_bfloat16(spec):
     """Inputs are rounded, nothing else is: the same tolerance but for the order of sums."""
-    ours, theirs = compare(NAMED[name], jnp.bfloat16)
+    ours, theirs = compare(spec, jnp.bfloat16)
     np.testing.assert_allclose(ours, theirs, rtol=5e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["gqa3_80", "max_64"])
+@pytest.mark.parametrize("name", ["gqa3_80", "max_64", "attention"])
 def test_tpu_kernel_has_no_races_and_reads_no_uninitialised_memory(name, simulator):
     ours, theirs = compare(NAMED[name], jnp.float32, interpret=simulator)
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-7)

@@ -1,7 +1,7 @@
 """Triton kernels on CPU, through Triton's own interpreter.
 
-It wants arrays that look like PyTorch's, and its products take bfloat16 for integers, which is put
-right here. The interpreter must be chosen before a kernel is defined, so this runs as a program of
+It wants arrays that look like PyTorch's, and it takes bfloat16 for integers, which is put right
+here. The interpreter must be chosen before a kernel is defined, so this runs as a program of
 its own: `TRITON_INTERPRET=1 python -m tests.pallas_kernels.triton_interpreter OP` prints the
 largest errors as JSON.
 """
@@ -22,7 +22,15 @@ from pallas_kernels.decode_attention.tiling import Tiling
 from pallas_kernels.masked_eviction.specs import SPECS as EVICTIONS
 from pallas_kernels.triton_extra import aliased_outputs
 from pallas_kernels.window_scores.specs import SPECS as SCORES
-from tests.pallas_kernels.cases import APPENDED, CASES, appended, assert_written, expected, poisoned
+from tests.pallas_kernels.cases import (
+    APPENDED,
+    CASES,
+    appended,
+    assert_written,
+    expected,
+    first_row_padded,
+    poisoned,
+)
 
 
 def errors_of(op):
@@ -91,22 +99,29 @@ def _unwritten(dtype):
     return np.iinfo(dtype).min if jnp.issubdtype(dtype, jnp.integer) else np.nan
 
 
-def multiply_bfloat16():
-    """Has the interpreter widen bfloat16, which it holds as integers, before it multiplies."""
+def hold_bfloat16():
+    """Has the interpreter, which holds bfloat16 as integers, multiply and round what they mean."""
     from triton.runtime import interpreter
 
-    create_dot = interpreter.InterpreterBuilder.create_dot
+    language, builder = interpreter.tl, interpreter.InterpreterBuilder
+    create_dot, cast_impl = builder.create_dot, builder.cast_impl
 
     def wide(x):
         if x.data.dtype != np.uint16:
             return x
-        numbers = (x.data.astype(np.uint32) << 16).view(np.float32)
-        return interpreter.TensorHandle(numbers, interpreter.tl.float32)
+        numbers = x.data.view(jnp.bfloat16).astype(np.float32)
+        return interpreter.TensorHandle(numbers, language.float32)
 
     def product(self, a, b, *rest):
         return create_dot(self, wide(a), wide(b), *rest)
 
-    interpreter.InterpreterBuilder.create_dot = product
+    def cast(self, x, dtype):
+        if dtype.scalar != language.bfloat16:
+            return cast_impl(self, wide(x), dtype)
+        held = wide(x).data.astype(jnp.bfloat16).view(np.uint16)
+        return interpreter.TensorHandle(held, language.bfloat16)
+
+    builder.create_dot, builder.cast_impl = product, cast
 
 
 def difference(ours, theirs):
@@ -118,7 +133,7 @@ def decode_attention():
 
     for spec in CASES:
         tilings = {"own": None, "small": Tiling(block=16, splits=3)}
-        for dtype in (jnp.float32, jnp.float16):
+        for dtype in (jnp.float32, jnp.bfloat16):
             for name, tiling in tilings.items():
                 inputs = spec.inputs(dtype)
                 run = jax.jit(
@@ -139,6 +154,12 @@ def decode_attention():
                     theirs = expected(spec, appended(inputs, new))
                     assert_written(cache, poisoned(spec, inputs, new), new)
                     yield f"{case} appended", list(map(difference, ours, theirs))
+                    inputs, new, unseen = first_row_padded(spec, dtype)
+                    theirs = expected(spec, appended(inputs, new))
+                    inputs = poisoned(spec, inputs, unseen)
+                    *ours, cache = run(*inputs, unseen)
+                    assert_written(cache, inputs, unseen)
+                    yield f"{case} padded", list(map(difference, ours, theirs))
 
 
 def masked_eviction():
@@ -166,12 +187,11 @@ def window_scores():
     from tests.pallas_kernels.test_window_scores import heavy_case
 
     several = Tiling(keys=32, parts=2, rows=16, scored=64, ranks=64)
-    cases = [(spec, jnp.float32, several) for spec in SCORES if not spec.large]
-    cases += [
-        (spec, dtype, None)
-        for spec in SCORES
-        for dtype in (jnp.bfloat16, jnp.float16)
-        if spec.name in ("mha_64", "gqa8_128")
+    small = [spec for spec in SCORES if not spec.large]
+    cases = [
+        *((spec, jnp.float32, several) for spec in small),
+        *((spec, jnp.bfloat16, None) for spec in small),
+        *((spec, jnp.float16, None) for spec in small if spec.name in ("mha_64", "gqa8_128")),
     ]
     for spec, dtype, tiling in cases:
         q, k, v, factor, mean, queries, places = spec.inputs(dtype)
@@ -209,7 +229,7 @@ OPS = {f.__name__: f for f in (decode_attention, masked_eviction, window_scores)
 def main() -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     jax.config.update("jax_disable_most_optimizations", True)
-    multiply_bfloat16()
+    hold_bfloat16()
     print(json.dumps(dict(OPS[sys.argv[1]]())))
 
 

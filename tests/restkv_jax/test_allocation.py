@@ -97,7 +97,7 @@ def test_entries_are_the_prompts_own():
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     rows=st.lists(
-        st.lists(st.sampled_from([-np.inf, 0.0, 0.5, 1.0, np.inf]), min_size=6, max_size=6),
+        st.lists(st.sampled_from([-np.inf, 0.0, -0.0, 1.0, np.inf]), min_size=6, max_size=6),
         min_size=2,
         max_size=2,
     ),
@@ -115,6 +115,13 @@ def test_select_flat_is_each_heads_top_in_order(rows, counts):
         expected += [(head, c) for c in sorted(best) if importance[0, head, c] > -np.inf]
     pairs = list(zip(owners[0, 0].tolist(), columns[0, 0].tolist(), strict=True))
     assert pairs == expected + [(-1, -1)] * (capacity - len(expected))
+
+
+@pytest.mark.parametrize("heads", HEADS[1:4:2], ids=repr)
+def test_heads_that_tie_at_zero_of_either_sign_win_in_order(heads):
+    importance = jnp.asarray([[[-0.0, -1.0, -0.0], [0.0, -1.0, 0.0]]])
+    counts = heads.counts(importance, jnp.asarray([1]), 3, 0)
+    np.testing.assert_array_equal(counts, [[2, 0]])
 
 
 @pytest.mark.parametrize("heads", [SharedBudget(lists=2), AdaKV(lists=2, floor=0.0)], ids=repr)
