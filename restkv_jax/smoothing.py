@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -111,23 +112,23 @@ def adaptive_pool(
     first = jnp.broadcast_to(first, scores.shape[:2])[..., None]
     edge = jnp.take_along_axis(scores, first, axis=-1)
     scores = jnp.where(jnp.arange(past) < first, edge, scores)
-    reach = max_kernel // 2
-    padding = reach + max_shift
-    padded = jnp.pad(scores, ((0, 0), (0, 0), (padding, padding)), mode="edge")
+    padding = max_kernel // 2 + max_shift
+    # Sums over 2^k neighbours, from k = 0 on; those that a head's width consists of follow each
+    # other. No sum is the difference of two.
+    sums = jnp.pad(scores, ((0, 0), (0, 0), (padding, padding)), mode="edge")
+    begin = padding + shifts - kernels // 2
+    total = jnp.zeros_like(scores)
+    for k in range(max_kernel.bit_length()):
+        here = (kernels >> k) % 2
+        part = jax.vmap(jax.vmap(functools.partial(_cut, size=past)))(sums, begin)
+        total += jnp.where(here[..., None] == 1, part, 0.0)
+        begin += here << k
+        sums = sums[..., : -(1 << k)] + sums[..., 1 << k :]
+    return total / kernels[..., None]
 
-    def shifted(row: Array, shift: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(row, max_shift + shift, past + 2 * reach)
 
-    moved = jax.vmap(jax.vmap(shifted))(padded, shifts)
-
-    def add(j: Array, total: Array) -> Array:
-        inside = jnp.abs(j - reach) <= kernels // 2
-        return total + jnp.where(
-            inside[..., None], jax.lax.dynamic_slice_in_dim(moved, j, past, axis=-1), 0.0
-        )
-
-    total = jax.lax.fori_loop(0, 2 * reach + 1, add, jnp.zeros_like(scores))
-    return total / (2 * (kernels // 2) + 1)[..., None]
+def _cut(row: Float[Array, " T"], begin: Int[Array, ""], size: int) -> Float[Array, " P"]:
+    return jax.lax.dynamic_slice_in_dim(row, begin, size)
 
 
 def _pool(

@@ -51,21 +51,9 @@ def masked_eviction_triton(
     lists, blocks = batch * heads, -(-columns // _BLOCK)
     importance = importance.astype(jnp.float32)
     wanted = jnp.minimum(budget, min(capacity, columns)).astype(jnp.int32)
+    limits, above, ties = _limits(importance.reshape(lists, columns), wanted, heads, call)
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     static = {"heads": heads, "columns": columns, "blocks": blocks, "BLOCK": _BLOCK}
-    parts = min(triton.next_power_of_2(blocks), _SEARCHED // _BLOCK)
-    limits, above, ties = call(
-        threshold_kernel,
-        (importance, wanted),
-        (integers((lists, 2)), integers((lists, blocks)), integers((lists, blocks))),
-        name="eviction_threshold",
-        grid=(lists,),
-        num_warps=max(4, parts * _BLOCK // 512),  # 16 scores for each thread
-        num_stages=1,
-        PARTS=parts,
-        **static,
-    )
-
     quantized = isinstance(k, QuantArray)
     entries = [x.values if isinstance(x, QuantArray) else x for x in (k, v)]
     scales = [x.scale for x in (k, v) if isinstance(x, QuantArray)]
@@ -108,6 +96,43 @@ def masked_eviction_triton(
     ]
     # The rest was stored as one more than it is, as empty slots hold 0.
     return Kept(moved[0], moved[1], places - 1, kept_columns - 1)
+
+
+def thresholds_triton(
+    values: Float[Array, "R T"],
+    counts: Int[Array, " R"],
+    *,
+    call: Callable[..., tuple[Array, ...]] = triton_call,
+) -> Int[Array, " R"]:
+    """Bits of a threshold for each row, as `search_thresholds` wants it; all values at least 0."""
+    return _limits(values, counts, 1, call)[0][:, 0]
+
+
+def _limits(
+    importance: Float[Array, "R T"],
+    budget: Int[Array, " B"],
+    heads: int,
+    call: Callable[..., tuple[Array, ...]],
+) -> tuple[Array, ...]:
+    """What `threshold_kernel` writes; R = B · heads."""
+    lists, columns = importance.shape
+    blocks = -(-columns // _BLOCK)
+    parts = min(triton.next_power_of_2(blocks), _SEARCHED // _BLOCK)
+    integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    return call(
+        threshold_kernel,
+        (importance, budget),
+        (integers((lists, 2)), integers((lists, blocks)), integers((lists, blocks))),
+        name="eviction_threshold",
+        grid=(lists,),
+        num_warps=max(4, parts * _BLOCK // 512),  # 16 scores for each thread
+        num_stages=1,
+        heads=heads,
+        columns=columns,
+        blocks=blocks,
+        BLOCK=_BLOCK,
+        PARTS=parts,
+    )
 
 
 @triton.jit

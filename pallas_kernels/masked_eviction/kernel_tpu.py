@@ -60,20 +60,7 @@ def masked_eviction(
     widths = ((0, 0), (0, 0), (0, -columns % _BLOCK))
     importance = jnp.pad(importance.astype(jnp.float32), widths, constant_values=-jnp.inf)
     budget = jnp.minimum(budget, min(capacity, columns)).astype(jnp.int32)
-    square = importance.reshape(batch, heads, -1, _LANES)
-    limits = pl.pallas_call(
-        _threshold_kernel,
-        grid=(batch, heads),
-        in_specs=[
-            pl.BlockSpec(memory_space=pltpu.SMEM),
-            pl.BlockSpec((None, None, *square.shape[2:]), lambda b, j: (b, j, 0, 0)),
-        ],
-        out_specs=pl.BlockSpec((None, None, 1, _LANES), lambda b, j: (b, j, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((batch, heads, 1, _LANES), jnp.int32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        interpret=interpret,
-        name="eviction_threshold",
-    )(budget, square)
+    limits = _limits(importance, budget, interpret)
 
     entries = [x.values if isinstance(x, QuantArray) else x for x in (k, v)]
     rows = [positions.astype(jnp.float32) + 1.0]
@@ -121,6 +108,41 @@ def masked_eviction(
         for new, old in ((new_k, k), (new_v, v))
     ]
     return Kept(moved[0], moved[1], positions_kept, columns_kept)
+
+
+def thresholds(
+    values: Float[Array, "R T"],
+    counts: Int[Array, " R"],
+    *,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> Int[Array, " R"]:
+    """Bits of a threshold for each row, as `search_thresholds` wants it; all values at least 0."""
+    widths = ((0, 0), (0, -values.shape[1] % _LANES))
+    rows = jnp.pad(values, widths, constant_values=-jnp.inf)[:, None]
+    return _limits(rows, counts, interpret)[:, 0, 0, 0]
+
+
+def _limits(
+    importance: Float[Array, "B J T"],
+    budget: Int[Array, " B"],
+    interpret: bool | pltpu.InterpretParams,
+) -> Int[Array, "B J 1 L"]:
+    """What `_threshold_kernel` writes for each row; T is a multiple of L."""
+    batch, heads, _ = importance.shape
+    square = importance.reshape(batch, heads, -1, _LANES)
+    return pl.pallas_call(
+        _threshold_kernel,
+        grid=(batch, heads),
+        in_specs=[
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+            pl.BlockSpec((None, None, *square.shape[2:]), lambda b, j: (b, j, 0, 0)),
+        ],
+        out_specs=pl.BlockSpec((None, None, 1, _LANES), lambda b, j: (b, j, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, 1, _LANES), jnp.int32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        interpret=interpret,
+        name="eviction_threshold",
+    )(budget, square)
 
 
 def _threshold_kernel(budget: Ref, importance: Ref, limits: Ref) -> None:

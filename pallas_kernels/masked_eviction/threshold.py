@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.dispatch import Implementation, Kernel, dispatch
+from pallas_kernels.masked_eviction import kernel_tpu
+from pallas_kernels.triton_extra import run_triton, without_triton
 
 # Strips of a row that are counted side by side; an int8 holds their number.
 _STRIPS = 16
@@ -17,24 +23,101 @@ _INFINITY = 0x7F800000  # its bits in float32
 def top_mask(values: Float[Array, "*B T"], counts: Int[Array, "*B"]) -> Bool[Array, "*B T"]:
     """Marks the `counts` largest entries of each row, ties by position, the lower one first.
 
-    The bits of non-negative floats are ordered as the floats are, so the k-th largest is found by
-    bisection on integers: each step counts, in one pass over the row, and the search ends as soon
-    as every row has met its count, at the latest after 31 steps.
+    The bits of non-negative floats are ordered as the floats are, so the k-th largest is found on
+    integers, by counting.
 
     Args:
         values: float32, at least 0.
         counts: how many to mark in each row, from 1 to T.
     """
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
-    low, exact = _bisect(
+    low, exact = search_thresholds(bits, counts)
+    return jax.lax.cond(
+        jnp.all(exact), lambda: bits >= low[..., None], lambda: _first_ties(bits, low, counts)
+    )
+
+
+def search_thresholds(
+    bits: Int[Array, "*B T"],
+    counts: Int[Array, "*B"],
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[Int[Array, "*B"], Bool[Array, "*B"]]:
+    """A threshold that `counts` entries reach, or the largest that more reach; and which it is.
+
+    The kernels are those with which `masked_eviction` begins: a program for each row, which reads
+    it from a cache or from VMEM.
+
+    Args:
+        bits: at least 0.
+        counts: how many entries to find in each row, from 1 to T.
+        implementation: see `dispatch`.
+
+    Raises:
+        NotImplementedError: the implementation that was named cannot run this.
+    """
+
+    def by_kernel(thresholds: Callable[..., Array], bits: Array, counts: Array) -> Any:
+        values = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        low = thresholds(values.reshape(-1, values.shape[-1]), counts.reshape(-1))
+        low = low.reshape(counts.shape)
+        return low, row_sum(bits >= low[..., None]) == counts
+
+    def triton(*args: Array) -> Any:
+        return by_kernel(run_triton("masked_eviction", "thresholds_triton"), *args)
+
+    return dispatch(
+        "search_thresholds",
+        implementation,
+        bits,
+        counts,
+        reference=lambda *args: jax.lax.platform_dependent(*args, cpu=by_halves, default=by_digits),
+        kernels=(
+            Kernel("pallas_tpu", functools.partial(by_kernel, kernel_tpu.thresholds)),
+            Kernel("triton", triton, without_triton("masked_eviction")),
+        ),
+    )
+
+
+def by_halves(
+    bits: Int[Array, "*B T"], counts: Int[Array, "*B"]
+) -> tuple[Int[Array, "*B"], Bool[Array, "*B"]]:
+    """See `search_thresholds`; each step counts in a pass what reaches one threshold.
+
+    The search ends as soon as every row has met its count, at the latest after 31 steps.
+    """
+    return _bisect(
         lambda middle: row_sum(bits >= middle[..., None]),
         counts,
         jnp.zeros_like(counts),
         jnp.full_like(counts, _INFINITY + 1),  # a step more, which costs less than a maximum
     )
-    return jax.lax.cond(
-        jnp.all(exact), lambda: bits >= low[..., None], lambda: _first_ties(bits, low, counts)
-    )
+
+
+def by_digits(
+    bits: Int[Array, "*B T"], counts: Int[Array, "*B"]
+) -> tuple[Int[Array, "*B"], Bool[Array, "*B"]]:
+    """See `search_thresholds`; eight passes count for the 15 values of the next four bits each.
+
+    How many there are is known, so that the host of a GPU waits for none of them; counts of one
+    pass are sums of the same array, which XLA takes in one.
+    """
+    unsigned = bits.astype(jnp.uint32)  # in which 15 << 28 is a number, though none of theirs
+
+    def digit(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, reached = state
+        shift = 28 - 4 * i.astype(jnp.uint32)
+        steps = [low + (jnp.uint32(d) << shift) for d in range(1, 16)]
+        found = [row_sum(unsigned >= step[..., None]) for step in steps]
+        for step, count in zip(steps, found, strict=True):
+            enough = count >= counts
+            low, reached = jnp.where(enough, step, low), jnp.where(enough, count, reached)
+        return low, reached
+
+    everything = jnp.full_like(counts, bits.shape[-1])
+    start = jnp.zeros(counts.shape, jnp.uint32), everything
+    low, reached = jax.lax.fori_loop(0, 8, digit, start)
+    return low.astype(jnp.int32), reached == counts
 
 
 def row_sum(x: Int[Array, "*B T"] | Bool[Array, "*B T"]) -> Int[Array, "*B"]:

@@ -14,13 +14,14 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import restkv_jax.compression as compression
-from pallas_kernels.masked_eviction import masked_eviction
+from pallas_kernels.masked_eviction import kernel_tpu, masked_eviction
 from pallas_kernels.masked_eviction.kernel_tpu import masked_eviction as by_tpu
 from pallas_kernels.masked_eviction.specs import SPECS
 from pallas_kernels.quantized import QuantArray
+from pallas_kernels.triton_extra import without_triton
 from restkv_jax.layer import layer_inputs
-from restkv_jax.policies import H2O, POLICIES, KeyDiff, SnapKV, Streaming
-from tests.pallas_kernels.lowering import lowered
+from restkv_jax.policies import H2O, POLICIES, KeyDiff, RestKV, SnapKV, Streaming
+from tests.pallas_kernels.lowering import GPU, lowered
 
 SMALL = [spec for spec in SPECS if not spec.large]
 NAMED = {spec.name: spec for spec in SPECS}
@@ -99,6 +100,41 @@ def test_threshold_is_exact_for_any_scores(row, budget):
     ).columns[0, 0]
     best = [i for i in np.argsort(-row, kind="stable") if row[i] > -np.inf][: min(budget, 7)]
     np.testing.assert_array_equal(ours, [*sorted(best), *[-1] * (7 - len(best))])
+
+
+DRIFT = RestKV(window=8)  # whose drift counts each query's most attended positions
+
+
+def check_thresholds(thresholds):
+    """Of rows with ties, with zeros, and of more columns than a step of the search."""
+    r = np.random.default_rng(0)
+    values = np.stack([r.random(700), r.integers(0, 3, 700) / 4, np.zeros(700)]).astype(np.float32)
+    for counts in ([1, 1, 1], [250, 250, 250], [700, 699, 700]):
+        found = np.asarray(thresholds(jnp.asarray(values), jnp.asarray(counts)))
+        for row, count, low in zip(values.view(np.int32), counts, found, strict=True):
+            reached, above = (row >= low).sum(), (row > low).sum()
+            assert reached == count or above < count < reached
+
+
+def test_tpu_kernel_finds_thresholds():
+    check_thresholds(quick_jit(functools.partial(kernel_tpu.thresholds, interpret=True)))
+
+
+@pytest.mark.parametrize("kind", ["TPU v5e", GPU])
+def test_drift_of_the_window_is_found_by_the_same_kernel(kind):
+    """On a host without jax-triton in as many passes for every row, of which none is waited for."""
+    shapes = jnp.zeros((1, 4, 8, 256)), jnp.zeros((1, 2, 256, 256)), jnp.zeros((4, 256, 64))
+
+    def run(q, k, w_o):
+        return compression.score(DRIFT, layer_inputs(q, k, k, w_o), capacity=64)
+
+    text = lowered(run, *shapes, kind=kind)
+    if kind == "TPU v5e":
+        assert text.count('"eviction_threshold"') == 1
+    elif without_triton("masked_eviction"):
+        assert text.count("stablehlo.while") > 1
+    else:  # two kernels score
+        assert text.count("triton_kernel_call") == 3
 
 
 @pytest.mark.parametrize(

@@ -165,11 +165,12 @@ def decode_attention():
 def masked_eviction():
     """Nothing but names: each case is checked here, entry by entry."""
     from pallas_kernels.masked_eviction import kernel_gpu
-    from tests.pallas_kernels.test_masked_eviction import check
+    from tests.pallas_kernels.test_masked_eviction import check, check_thresholds
 
     # Rows that one step of the search holds, and rows of several steps.
     for searched, dtype in ((kernel_gpu._SEARCHED, "bfloat16"), (128, "float32")):
         kernel_gpu._SEARCHED = searched
+        check_thresholds(jax.jit(functools.partial(kernel_gpu.thresholds_triton, call=interpreted)))
         for spec in EVICTIONS:
             if not spec.large:
                 run = functools.partial(

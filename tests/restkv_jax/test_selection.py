@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.masked_eviction import row_sum, select_slots, top_mask
+from pallas_kernels.masked_eviction.threshold import by_digits, by_halves
 from restkv_jax.decode import (
     POLICIES,
     CachePlan,
@@ -91,6 +92,13 @@ def test_top_mask_is_a_stable_sort(values, count):
     row = np.asarray(values, np.float32)
     ours = jax.jit(top_mask)(row[None], jnp.asarray([count]))[0]
     np.testing.assert_array_equal(np.flatnonzero(ours), oracle.top(row, count))
+    bits = row.view(np.int32)
+    for search in (by_halves, by_digits):  # whichever this platform takes
+        low, exact = jax.jit(search)(bits[None], jnp.asarray([count]))
+        reached = (bits >= low).sum()
+        assert reached >= count
+        assert not exact or reached == count
+        assert exact or (bits > low).sum() < count
 
 
 @pytest.mark.parametrize("columns", [16, 37, 400])
