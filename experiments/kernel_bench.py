@@ -1,4 +1,4 @@
-"""`python -m experiments.kernel_bench`: single ops against XLA and against the device's floor.
+r"""`python -m experiments.kernel_bench`: single ops against XLA and against the device's floor.
 
 Times every implementation of an op that this platform has, on shapes that the tests share, and
 checks what it timed, arrays that were written too, against the plain XLA form in float32. The floor
@@ -6,10 +6,15 @@ is the larger of the bytes that any implementation moves over the measured memor
 operations over the measured peak of matrix products; the fraction is how much of the time the
 floor takes. It is above 100 % where the data of a small shape stays in a cache between rounds.
 
+The implementation `projected` of window_scores is what the released code computes: plain XLA that
+projects the values of every head to the model's width, [T, N x H], before it takes distances.
+
 Examples:
   python -m experiments.kernel_bench
   python -m experiments.kernel_bench --op decode_attention --spec 8b_1024 --dtype bfloat16
   python -m experiments.kernel_bench --op window_scores --op masked_eviction --spec 8b_128k
+  python -m experiments.kernel_bench --op window_scores --spec 8b_128k --dtype bfloat16 \
+      --implementation triton --implementation xla --implementation projected
   python -m experiments.kernel_bench --large --out kernels.json
 """
 
@@ -20,7 +25,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +61,8 @@ class Spec(Protocol):
 
 
 Bound = Callable[..., tuple[Any, Any]]
+Measured = Implementation | Literal["projected"]
+_MEASURED = (*get_args(Implementation), "projected")
 
 
 class Op(NamedTuple):
@@ -70,7 +77,7 @@ class Op(NamedTuple):
 
     specs: Sequence[Spec]
     inputs: Callable[[Any, DTypeLike], tuple[Any, ...]]
-    bind: Callable[[Any, Implementation], Bound]
+    bind: Callable[[Any, Any], Bound]
 
 
 def _decode_attention_inputs(spec: Any, dtype: DTypeLike) -> tuple[Any, ...]:
@@ -78,7 +85,7 @@ def _decode_attention_inputs(spec: Any, dtype: DTypeLike) -> tuple[Any, ...]:
     return *spec.inputs(dtype), spec.new(dtype) if spec.sets == 1 else None
 
 
-def _decode_attention(spec: Any, implementation: Implementation) -> Bound:
+def _decode_attention(spec: Any, implementation: Any) -> Bound:
     def run(q: Any, k: Any, v: Any, positions: Any, *rest: Any) -> tuple[Any, Any]:
         out, _, written = decode_attention(
             q, k, v, positions, *rest, **spec.options, implementation=implementation
@@ -92,13 +99,22 @@ def _unchanged(op: Callable[..., Any]) -> Bound:
     return lambda *args: (op(*args), args)
 
 
-def _window_scores(spec: Any, implementation: Implementation) -> Bound:
-    return _unchanged(
-        functools.partial(window_scores, form=spec.form, implementation=implementation)
-    )
+def _window_scores(spec: Any, implementation: Any) -> Bound:
+    if implementation != "projected":
+        return _unchanged(
+            functools.partial(window_scores, form=spec.form, implementation=implementation)
+        )
+
+    def projected(q: Any, k: Any, v: Any, factor: Any, *rest: Any) -> Any:
+        # To the model's width by as many copies as there are heads, which change no distance.
+        copies = factor.shape[0]
+        w_o = jnp.tile(factor * copies**-0.5, (1, 1, copies))
+        return window_scores(q, k, v, w_o, *rest, form=spec.form, implementation="xla")
+
+    return _unchanged(projected)
 
 
-def _masked_eviction(spec: Any, implementation: Implementation) -> Bound:
+def _masked_eviction(spec: Any, implementation: Any) -> Bound:
     return _unchanged(
         functools.partial(masked_eviction, **spec.options, implementation=implementation)
     )
@@ -135,10 +151,12 @@ def measure_floor(dtype: str) -> Floor:
 
 
 def measure(
-    op: Op, spec: Spec, dtype: str, implementation: Implementation, floor: Floor, repeats: int
+    op: Op, spec: Spec, dtype: str, implementation: Measured, floor: Floor, repeats: int
 ) -> dict[str, Any]:
     """One line of the result: times, floor and error; or why it did not run."""
     line: dict[str, Any] = {"spec": spec.name, "dtype": dtype, "implementation": implementation}
+    if implementation == "projected" and op.specs is not WINDOW_SCORES:
+        return {**line, "refused": "nothing is projected here"}
     inputs = op.inputs(spec, jnp.dtype(dtype))
     try:
         seconds, result = state_loop_seconds(
@@ -203,7 +221,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--implementation",
         action="append",
-        choices=get_args(Implementation),
+        choices=_MEASURED,
         help="repeat for several (default: all of the platform)",
     )
     parser.add_argument("--repeats", type=count_of("--repeats", 1), default=9, metavar="N")

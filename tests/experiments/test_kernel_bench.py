@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -96,6 +97,20 @@ def test_every_op_is_timed_and_checked(op, spec, tmp_path):
         assert line["bound"] == "bytes"
         moved = shapes.read_bytes(jnp.dtype(line["dtype"]))
         assert line["floor_ms"] == pytest.approx(1e3 * moved / FLOOR.bandwidth)
+
+
+def test_projecting_to_the_models_width_is_the_same_maths(tmp_path):
+    out = tmp_path / "kernels.json"
+    options = ["--op", "window_scores", "--spec", "mha_64", "--dtype", "float32", "--repeats", "1"]
+    options += ["--op", "decode_attention", "--spec", "one_slot"]
+    assert kernel_bench.main([*options, "--implementation", "projected", "--out", str(out)]) == 0
+    ops = json.loads(out.read_text())["ops"]
+    assert ops["window_scores"][0]["right"]
+    assert ops["decode_attention"][0]["refused"] == "nothing is projected here"
+    (spec,) = (spec for spec in kernel_bench.OPS["window_scores"].specs if spec.name == "mha_64")
+    run = kernel_bench.OPS["window_scores"].bind(spec, "projected")
+    products = str(jax.make_jaxpr(run)(*spec.inputs(jnp.float32)))
+    assert f"f32[{spec.batch},{spec.columns},{spec.heads * spec.head_dim}]" in products
 
 
 def test_unknown_specs_are_refused():
