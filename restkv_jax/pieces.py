@@ -129,7 +129,7 @@ def prefill_bounded(
         tokens: prompts, padded on either side.
         valid: True for tokens, one contiguous run of at least one in each row.
         plan: what to keep, static; a budget in slots, the same for all layers and heads. The slots
-            of a piece stay as room behind it where the headroom is smaller.
+            of a piece stay as room behind it where the plan has fewer.
         piece: tokens of a piece, static.
 
     Returns:
@@ -144,15 +144,15 @@ def prefill_bounded(
             f"got budget={plan.budget}, layers={plan.layers!r}, heads={plan.heads}"
         )
     pieces, _ = _in_pieces(tokens, valid, piece)
-    room = plan.headroom if plan.eviction is None else plan.evict_every
-    working = dataclasses.replace(
-        plan, decode_budget=plan.budget, evict_every=max(piece, room), headroom=0
-    )
+    columns = tokens.shape[1]
+    # Behind the budget a piece fits while the prompt lasts, and then all that the plan has.
+    room = max(piece, plan.slots(columns) - plan.budget)
+    working = dataclasses.replace(plan, decode_budget=plan.budget, evict_every=room, headroom=0)
     cache = init_cache(
         model.layer_specs,
         working,
         batch=tokens.shape[0],
-        prompt_columns=tokens.shape[1] + plan.headroom,
+        prompt_columns=columns + plan.headroom,
         dtype=model.kv_dtype,
     )
     hidden, cache = _feed_pieces(model, cache, pieces, evict="after")
