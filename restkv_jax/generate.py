@@ -14,7 +14,7 @@ from restkv_jax.decode_loop import decode_chunk, init_decode
 from restkv_jax.plan import CachePlan
 from restkv_jax.prefill import prefill
 from restkv_jax.protocols import CausalLM
-from restkv_jax.sampling import GREEDY, Sampling, row_keys
+from restkv_jax.sampling import GREEDY, Sampling, Seed, row_keys
 
 # Decode steps between two looks at whether all rows are done.
 CHUNK = 32
@@ -86,7 +86,7 @@ def generate(
     plan: CachePlan,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    seed: int = 0,
+    seed: Seed = 0,
     stop_tokens: Sequence[int] = (),
     chunk: int = CHUNK,
 ) -> Generation:
@@ -99,7 +99,8 @@ def generate(
             decoding.
         max_new_tokens: most tokens to draw in each row.
         sampling: how tokens are drawn.
-        seed: row b draws with seed + b, so that it equals the row run alone with that seed.
+        seed: row b draws with seed + b, so that it equals the row run alone with that seed; or one
+            for each row.
         stop_tokens: tokens that end a row.
         chunk: decode steps between two looks at whether all rows are done; rows that are done
             idle through the rest of it.
@@ -130,7 +131,7 @@ def continue_from(
     headroom: int,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    seed: int | Sequence[int] = 0,
+    seed: Seed = 0,
     stop_tokens: Sequence[int] = (),
     chunk: int = CHUNK,
 ) -> Generation:
