@@ -15,7 +15,7 @@ from restkv_jax.cache import KVCache, init_cache
 from restkv_jax.compression import compress
 from restkv_jax.eviction import cache_inputs, in_order
 from restkv_jax.feed import feed
-from restkv_jax.plan import CachePlan
+from restkv_jax.plan import CachePlan, check_plans
 from restkv_jax.policies import Full
 from restkv_jax.policies.base import ALL_QUERIES
 from restkv_jax.prefill import align_right, fill_layer, finish
@@ -49,8 +49,10 @@ def prefill_chunked(
         As `prefill`.
 
     Raises:
-        ValueError: no tokens in a piece, or a policy that needs all queries at once.
+        ValueError: no tokens in a piece, plans that are none, or a policy that needs all queries at
+            once.
     """
+    check_plans(plans)
     specs = model.layer_specs
     policies = [plan.policy for plan in plans]
     for policy in policies:

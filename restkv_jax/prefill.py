@@ -15,7 +15,7 @@ from restkv_jax.arguments import check_tokens
 from restkv_jax.cache import KVCache, init_cache
 from restkv_jax.compression import CompressedLayer, compress
 from restkv_jax.layer import LayerInputs, Probe
-from restkv_jax.plan import CachePlan
+from restkv_jax.plan import CachePlan, check_plans
 from restkv_jax.prompt_attention import causal_attention
 from restkv_jax.protocols import CausalLM, LayerSpec, Projection
 from restkv_jax.received_attention import attention_and_received
@@ -75,9 +75,10 @@ def prefill(
         Logits of each row's last token in float32, and a cache for each plan.
 
     Raises:
-        ValueError: tokens and a mask that do not fit together, or a probe that leaves no column of
-            the prompt.
+        ValueError: tokens and a mask that do not fit together, plans that are none, or a probe that
+            leaves no column of the prompt.
     """
+    check_plans(plans)
     tokens, lengths = align_right(tokens, valid)
     batch, columns = tokens.shape
     if not 0 <= probe < columns:
