@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,16 +14,21 @@ from restkv_jax.decode import (
     Full,
     RestKV,
     SnapKV,
+    Streaming,
+    compress,
     decode_step,
     extend,
     generate,
     join_rows,
+    layer_inputs,
     measure_fidelity,
     pad_prompts,
     prefill,
     prefill_bounded,
     prefill_chunked,
+    score,
     score_tokens,
+    select,
 )
 from tests.restkv_jax import tiny
 
@@ -161,3 +169,14 @@ def test_one_plan_in_place_of_several_is_named(prefilled):
             ValueError, match=r"^plans: expected a tuple of plans, such as \(plan,\)"
         ):
             call()
+
+
+@pytest.mark.parametrize("method", [score, select, compress])
+@pytest.mark.parametrize("length", [5, 40])
+def test_slots_that_do_not_hold_what_is_always_kept_are_refused(method, length):
+    q, k = jnp.ones((1, 4, length, 8)), jnp.ones((1, 2, length, 8))
+    layer = layer_inputs(q, k, k, jnp.ones((4, 8, 24)))
+    for policy in (RestKV(window=8), RestKV(window=6, sinks=2), Streaming(sinks=8)):
+        with pytest.raises(ValueError, match=r"^capacity: expected more than the 8 slots.* got 8"):
+            method(policy, layer, capacity=8)
+        jax.eval_shape(functools.partial(method, policy, layer, capacity=9))
