@@ -7,25 +7,39 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from restkv_jax.arguments import integer, whole_number
+
 Budget = int | float
 
 
-def check_budget(budget: Budget, *, window: int) -> None:
-    """Refuses a budget that no policy with this window could meet.
+def checked_budget(budget: Budget, *, window: int) -> Budget:
+    """A budget that a policy with this window can meet, an integer of numpy as Python's.
 
     Raises:
         ValueError: not a whole number of slots above `window`, nor a ratio within (0, 1].
     """
-    if isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise ValueError(f"budget: expected slots (int) or a ratio (float), got {budget!r}")
     if isinstance(budget, float):
         if not 0.0 < budget <= 1.0:
             raise ValueError(f"budget: a ratio lies within (0, 1], got {budget!r}")
-    elif budget <= window:
+        return budget
+    if integer(budget) is None:
+        raise ValueError(f"budget: expected slots (int) or a ratio (float), got {budget!r}")
+    return checked_slots("budget", budget, window=window)
+
+
+def checked_slots(name: str, slots: int, *, window: int) -> int:
+    """A number of slots that a policy with this window can meet, an integer of numpy as Python's.
+
+    Raises:
+        ValueError: beginning with `name`: not a whole number above `window`.
+    """
+    slots = whole_number(name, slots, least=1)
+    if slots <= window:
         raise ValueError(
-            f"budget: {budget} slots do not hold the window of {window} tokens that is always "
+            f"{name}: {slots} slots do not hold the window of {window} tokens that is always "
             "kept; give more than that, or a smaller window"
         )
+    return slots
 
 
 def slot_capacity(budget: Budget, tokens: int, *, window: int) -> int:

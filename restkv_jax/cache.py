@@ -148,6 +148,10 @@ def init_cache(
         query_rows: last queries to remember in layers without a sliding window; by default what
             the plan's eviction while decoding needs.
         accumulates: whether to add up the attention that entries receive; by default likewise.
+
+    Raises:
+        ValueError: positions by slot, but layers that cannot count by them, or budgets of another
+            model.
     """
     if query_rows is None:
         query_rows = plan.remembered
@@ -222,7 +226,13 @@ def _empty(shape: tuple[int, ...], dtype: DTypeLike, plan: CachePlan) -> Array |
 
 
 def _check_slots(specs: tuple[LayerSpec, ...]) -> None:
+    shapes = [(spec.num_heads, spec.num_kv_heads, spec.head_dim) for spec in specs]
     for layer, spec in enumerate(specs):
+        if shapes[layer] != shapes[0]:
+            raise ValueError(
+                "rope: positions by slot need layers of equal numbers and sizes of heads, "
+                f"(N, K, H) is {shapes[0]} in layer 0 and {shapes[layer]} in layer {layer}"
+            )
         if spec.rotary is None or spec.window is not None:
             raise ValueError(
                 "rope: positions by slot need the rotary frequencies of every layer and no "

@@ -13,6 +13,7 @@ from pallas_kernels.quantized import QuantArray
 from restkv_jax.allocation import HeadAllocation
 from restkv_jax.layer import LayerInputs
 from restkv_jax.policies import Policy
+from restkv_jax.policies.base import require
 
 
 @jax.tree_util.register_dataclass
@@ -47,9 +48,13 @@ def score(
     Args:
         policy: the eviction policy.
         layer: one layer's attention.
-        capacity: C, static number of slots.
+        capacity: C, static number of slots, more than the policy always keeps.
         budget: slots that each row may fill, C by default.
+
+    Raises:
+        ValueError: a capacity of fewer slots.
     """
+    _check_capacity(policy, capacity)
     if budget is None:
         budget = jnp.full_like(layer.lengths, capacity)
     return policy.importance(layer, capacity, budget)
@@ -58,7 +63,8 @@ def score(
 def select(
     policy: Policy, layer: LayerInputs, *, capacity: int, budget: Int[Array, " B"] | None = None
 ) -> Int[Array, "B J C"]:
-    """Columns that stay, ascending, -1 for empty slots. Arguments as in `score`."""
+    """Columns that stay, ascending, -1 for empty slots. Arguments and errors as in `score`."""
+    _check_capacity(policy, capacity)
     if budget is None:
         budget = jnp.full_like(layer.lengths, capacity)
     kept = min(capacity, layer.columns)
@@ -81,14 +87,19 @@ def compress(
     Args:
         policy: the eviction policy.
         layer: one layer's attention.
-        capacity: C, static number of slots of a head, on average with budgets by head.
+        capacity: C, static number of slots of a head, on average with budgets by head; more than
+            the policy always keeps.
         budget: slots a head that each row may fill, C by default.
         heads: how the slots are spread over the heads; evenly if None.
         budgets_of: static index of the layer whose budgets hold, for `heads`.
 
     Returns:
         The kept entries; empty slots hold zeros.
+
+    Raises:
+        ValueError: a capacity of fewer slots.
     """
+    _check_capacity(policy, capacity)
     if heads is not None:
         return _compress_flat(policy, layer, capacity, budget, heads, budgets_of)
     kept, carried = keep(policy, layer, layer.k, layer.v, capacity=capacity, budget=budget)
@@ -137,6 +148,12 @@ def compact_carried(
     """Gathers what each query head hands on of the columns that its set keeps; -1 if empty."""
     columns = jnp.repeat(columns, carried.shape[1] // columns.shape[1], axis=1)
     return jnp.where(columns >= 0, compact(carried, columns), -1.0)
+
+
+def _check_capacity(policy: Policy, capacity: int) -> None:
+    # Of slots that cannot hold what is pinned, the lowest columns would win.
+    expected = f"more than the {policy.protected} slots of what {policy.name!r} always keeps"
+    require(capacity > policy.protected, "capacity", expected, capacity)
 
 
 def _compress_flat(

@@ -20,7 +20,8 @@ def extend(
 ) -> tuple[Float[Array, "B T V"], KVCache]:
     """Feeds given tokens; the cache that was passed stays as it is.
 
-    One compressed context answers any number of questions: each call starts from the same cache.
+    One compressed context answers any number of questions: each call starts from the same cache,
+    and `join_rows([cache] * n)` takes n of them at once, a row each.
     Logits of T tokens are held at once; give long texts in pieces.
 
     Args:
@@ -28,7 +29,7 @@ def extend(
         cache: room for T tokens in each row: headroom, or `evict_every` slots if it evicts while
             decoding. `KVCache.free` tells how many each row can still take; a row that is given
             more loses some, and only the static bound can be checked here.
-        tokens: what follows, padded on either side.
+        tokens: what follows each row of the cache, padded on either side.
         valid: False for padding; every token counts by default. Rows without any are left alone.
 
     Returns:
@@ -36,13 +37,14 @@ def extend(
         with the tokens in it.
 
     Raises:
-        ValueError: more tokens than any row has room for.
+        ValueError: more tokens than any row has room for, none, or not a row of them for each of
+            the cache.
     """
     if valid is None:
         valid = jnp.ones(tokens.shape, bool)
     room = cache.room
-    if room is not None and tokens.shape[1] > room:
-        raise ValueError(f"tokens: {tokens.shape[1]} columns do not fit a room of {room} tokens")
+    if room is not None and tokens.shape[-1] > room:
+        raise ValueError(f"tokens: {tokens.shape[-1]} columns do not fit a room of {room} tokens")
     hidden, cache = feed(model, cache, tokens, valid)
     return model.unembed(hidden).astype(jnp.float32), cache
 

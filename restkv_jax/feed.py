@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.quantized import QuantArray, quantize
+from restkv_jax.arguments import check_tokens
 from restkv_jax.attention import slot_attention, slot_weights
 from restkv_jax.cache import KVCache
 from restkv_jax.eviction import When, evict_full
@@ -43,7 +44,17 @@ def feed(
 
     Returns:
         Hidden states after the final norm, and the cache with the tokens in it.
+
+    Raises:
+        ValueError: no tokens, a mask of another shape, or not a row of them for each of the cache.
     """
+    check_tokens(tokens, valid)
+    given, rows = tokens.shape[0], cache.next_position.shape[0]
+    if given != rows:
+        raise ValueError(
+            f"tokens: expected {rows} row(s), one for each of the cache, got {given}; to go on "
+            "from one cache in n ways, join it with itself: `join_rows([cache] * n)`"
+        )
     specs = model.layer_specs
     count = jnp.sum(valid, axis=1, dtype=jnp.int32)
     start = cache.next_position

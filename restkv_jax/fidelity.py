@@ -15,7 +15,7 @@ from restkv_jax.cache import KVCache
 from restkv_jax.factors import FactoredLM
 from restkv_jax.feed import feed
 from restkv_jax.leave_one_out import leave_one_out, oracle_overlap
-from restkv_jax.plan import CachePlan
+from restkv_jax.plan import CachePlan, check_plans
 from restkv_jax.policies import Full
 from restkv_jax.policies.base import Granularity
 from restkv_jax.prefill import prefill
@@ -129,8 +129,10 @@ def measure_fidelity(
         One result for each plan.
 
     Raises:
-        ValueError: no continuation, a plan without room for it, or a model that scans.
+        ValueError: no continuation, plans that are none, one without room for it, or a model that
+            scans.
     """
+    check_plans(plans)
     tokens, valid, continuation = (jnp.asarray(x) for x in (tokens, valid, continuation))
     count = continuation.shape[1]
     if count < 1:

@@ -9,15 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from restkv_jax.arguments import token_ids, whole_number
 from restkv_jax.cache import KVCache
 from restkv_jax.decode_loop import decode_chunk, init_decode
 from restkv_jax.plan import CachePlan
 from restkv_jax.prefill import prefill
 from restkv_jax.protocols import CausalLM
-from restkv_jax.sampling import GREEDY, Sampling, row_keys
+from restkv_jax.sampling import GREEDY, Sampling, Seed, row_keys
 
 # Decode steps between two looks at whether all rows are done.
 CHUNK = 32
+_LARGEST_ID = np.iinfo(np.int32).max
+
+
+# Token ids of each row; an array [B, T] is one of rows equally long.
+Prompts = Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,40 +59,43 @@ def bucket_length(length: int, *, least: int = 64) -> int:
     return octave * 3 // 4 if length <= octave * 3 // 4 else octave
 
 
-def pad_prompts(
-    prompts: Sequence[Sequence[int]], *, columns: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def pad_prompts(prompts: Prompts, *, columns: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Left-pads prompts to one of the lengths of `bucket_length`, or to `columns`.
 
     Returns:
         int32 tokens [B, T] and a bool mask [B, T], True for tokens.
 
     Raises:
-        ValueError: no prompts, an empty one, or one longer than `columns`.
+        ValueError: no prompts, an empty one, one that is no row of token ids, or one longer than
+            `columns`.
     """
-    if not prompts:
+    if len(prompts) == 0:
         raise ValueError("prompts: expected at least one")
-    lengths = [len(prompt) for prompt in prompts]
+    rows = [token_ids(f"prompts: prompt {i}", prompt) for i, prompt in enumerate(prompts)]
+    lengths = [len(row) for row in rows]
     if min(lengths) == 0:
         raise ValueError(f"prompts: prompt {lengths.index(0)} is empty")
     columns = bucket_length(max(lengths)) if columns is None else columns
     if max(lengths) > columns:
         raise ValueError(f"prompts: one has {max(lengths)} tokens, more than {columns} columns")
-    tokens = np.zeros((len(prompts), columns), np.int32)
+    tokens = np.zeros((len(rows), columns), np.int64)
     valid = np.arange(columns) >= columns - np.asarray(lengths)[:, None]
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[columns - len(prompt) :] = prompt
-    return tokens, valid
+    for into, row in zip(tokens, rows, strict=True):
+        into[columns - len(row) :] = row
+    for one in (tokens.min(), tokens.max()):
+        if not 0 <= one <= _LARGEST_ID:
+            raise ValueError(f"prompts: expected token ids from 0 to {_LARGEST_ID}, got {one}")
+    return tokens.astype(np.int32), valid
 
 
 def generate(
     model: CausalLM,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     *,
     plan: CachePlan,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    seed: int = 0,
+    seed: Seed = 0,
     stop_tokens: Sequence[int] = (),
     chunk: int = CHUNK,
 ) -> Generation:
@@ -99,16 +108,23 @@ def generate(
             decoding.
         max_new_tokens: most tokens to draw in each row.
         sampling: how tokens are drawn.
-        seed: row b draws with seed + b, so that it equals the row run alone with that seed.
+        seed: row b draws with seed + b, so that it equals the row run alone with that seed; or one
+            for each row.
         stop_tokens: tokens that end a row.
         chunk: decode steps between two looks at whether all rows are done; rows that are done
             idle through the rest of it.
 
     Raises:
-        ValueError: empty prompts, or a limit that the headroom cannot hold.
+        ValueError: prompts that are empty or hold what is no token of the model, a limit that the
+            headroom cannot hold, or what `continue_from` refuses.
     """
     tokens, valid = pad_prompts(prompts)
     logits, (cache,) = prefill(model, tokens, valid, plans=(plan,))
+    if tokens.max() >= logits.shape[1]:  # only the logits tell how many tokens a model has
+        raise ValueError(
+            f"prompts: expected token ids below {logits.shape[1]}, the model's vocabulary, got "
+            f"{tokens.max()}"
+        )
     return continue_from(
         model,
         logits,
@@ -130,7 +146,7 @@ def continue_from(
     headroom: int,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    seed: int | Sequence[int] = 0,
+    seed: Seed = 0,
     stop_tokens: Sequence[int] = (),
     chunk: int = CHUNK,
 ) -> Generation:
@@ -148,17 +164,17 @@ def continue_from(
         chunk: decode steps between two looks at whether all rows are done.
 
     Raises:
-        ValueError: `max_new_tokens` below 1 or above what the headroom holds, or not one seed for
-            each row.
+        ValueError: `max_new_tokens` below 1 or above what the headroom holds, `chunk` below 1, stop
+            tokens that are no token ids, or not one seed for each row.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
+    chunk = whole_number("chunk", chunk, least=1)
+    stops = jnp.asarray([-1, *token_ids("stop_tokens", stop_tokens)], jnp.int32)
     if cache.eviction is None and max_new_tokens > headroom:
         raise ValueError(
             f"max_new_tokens: {max_new_tokens} tokens do not fit the cache's headroom of {headroom}"
         )
     batch = logits.shape[0]
-    stops = jnp.asarray([-1, *stop_tokens], jnp.int32)
     limit = jnp.full(batch, max_new_tokens, jnp.int32)
     keys = row_keys(seed, batch)
     state = init_decode(logits, cache, keys, limit, stops, sampling=sampling)

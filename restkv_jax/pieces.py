@@ -15,7 +15,7 @@ from restkv_jax.cache import KVCache, init_cache
 from restkv_jax.compression import compress
 from restkv_jax.eviction import cache_inputs, in_order
 from restkv_jax.feed import feed
-from restkv_jax.plan import CachePlan
+from restkv_jax.plan import CachePlan, check_plans
 from restkv_jax.policies import Full
 from restkv_jax.policies.base import ALL_QUERIES
 from restkv_jax.prefill import align_right, fill_layer, finish
@@ -49,8 +49,10 @@ def prefill_chunked(
         As `prefill`.
 
     Raises:
-        ValueError: no tokens in a piece, or a policy that needs all queries at once.
+        ValueError: no tokens in a piece, plans that are none, or a policy that needs all queries at
+            once.
     """
+    check_plans(plans)
     specs = model.layer_specs
     policies = [plan.policy for plan in plans]
     for policy in policies:
@@ -129,7 +131,7 @@ def prefill_bounded(
         tokens: prompts, padded on either side.
         valid: True for tokens, one contiguous run of at least one in each row.
         plan: what to keep, static; a budget in slots, the same for all layers and heads. The slots
-            of a piece stay as room behind it where the headroom is smaller.
+            of a piece stay as room behind it where the plan has fewer.
         piece: tokens of a piece, static.
 
     Returns:
@@ -144,15 +146,15 @@ def prefill_bounded(
             f"got budget={plan.budget}, layers={plan.layers!r}, heads={plan.heads}"
         )
     pieces, _ = _in_pieces(tokens, valid, piece)
-    room = plan.headroom if plan.eviction is None else plan.evict_every
-    working = dataclasses.replace(
-        plan, decode_budget=plan.budget, evict_every=max(piece, room), headroom=0
-    )
+    columns = tokens.shape[1]
+    # Behind the budget a piece fits while the prompt lasts, and then all that the plan has.
+    room = max(piece, plan.slots(columns) - plan.budget)
+    working = dataclasses.replace(plan, decode_budget=plan.budget, evict_every=room, headroom=0)
     cache = init_cache(
         model.layer_specs,
         working,
         batch=tokens.shape[0],
-        prompt_columns=tokens.shape[1] + plan.headroom,
+        prompt_columns=columns + plan.headroom,
         dtype=model.kv_dtype,
     )
     hidden, cache = _feed_pieces(model, cache, pieces, evict="after")

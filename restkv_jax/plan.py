@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
@@ -10,9 +11,10 @@ from jaxtyping import Array, Int
 
 from restkv_jax import budget as budgets
 from restkv_jax.allocation import FrozenHeads, HeadAllocation
+from restkv_jax.arguments import whole_number
 from restkv_jax.budget import Budget
 from restkv_jax.policies import Policy, Streaming
-from restkv_jax.policies.base import ALL_QUERIES
+from restkv_jax.policies.base import ALL_QUERIES, require
 from restkv_jax.protocols import LayerSpec
 
 # The last tokens and nothing else: all that a layer with a sliding window can see.
@@ -74,15 +76,20 @@ class CachePlan:
     storage: Literal["model", "int8"] = "model"
 
     def __post_init__(self) -> None:
-        """Refuses a budget that the policy cannot meet.
+        """Refuses a budget that the policy cannot meet; integers of numpy become Python's.
 
         Raises:
-            ValueError: naming the budget, the layers or the headroom, and what was expected.
+            ValueError: naming the option, and what was expected.
         """
+        policy, heads = self.policy, self.heads
+        require(isinstance(policy, Policy), "policy", "a policy such as RestKV()", policy)
+        if not (heads is None or isinstance(heads, HeadAllocation)):
+            raise ValueError(
+                f"heads: expected an allocation such as AdaKV(), or None, got {heads!r}"
+            )
+        self._set("headroom", whole_number("headroom", self.headroom, least=0))
         if self.layers not in ("uniform", "pyramid"):
             raise ValueError(f"layers: expected uniform or pyramid, got {self.layers!r}")
-        if self.headroom < 0:
-            raise ValueError(f"headroom: expected at least 0 slots, got {self.headroom}")
         if self.storage not in ("model", "int8"):
             raise ValueError(f"storage: expected model or int8, got {self.storage!r}")
         self._check_decoding()
@@ -107,10 +114,17 @@ class CachePlan:
             by_layer = isinstance(self.budget, tuple)
             if by_layer and self.layers != "uniform":
                 raise ValueError(f"layers: the budget already has one entry a layer: {self.budget}")
-            if self.budget == ():
+            if by_layer and not self.budget:
                 raise ValueError("budget: expected one for each layer, got none")
-            for one in self.budget if isinstance(self.budget, tuple) else (self.budget,):
-                budgets.check_budget(one, window=self.policy.protected)
+            window = self.policy.protected
+            if isinstance(self.budget, tuple):
+                found = tuple(budgets.checked_budget(one, window=window) for one in self.budget)
+                self._set("budget", found)
+            else:
+                self._set("budget", budgets.checked_budget(self.budget, window=window))
+
+    def _set(self, option: str, value: object) -> None:
+        object.__setattr__(self, option, value)
 
     def _check_decoding(self) -> None:
         if self.decode_budget is None:
@@ -124,11 +138,11 @@ class CachePlan:
                 f"decode_budget: {self.policy.name!r} as set here looks at all queries of a prompt "
                 "at once, which decoding cannot show it"
             )
-        if isinstance(self.decode_budget, float):
-            raise ValueError(f"decode_budget: expected whole slots, got {self.decode_budget!r}")
-        budgets.check_budget(self.decode_budget, window=self.policy.protected)
-        if self.evict_every < 1:
-            raise ValueError(f"evict_every: expected at least 1 token, got {self.evict_every}")
+        slots = budgets.checked_slots(
+            "decode_budget", self.decode_budget, window=self.policy.protected
+        )
+        self._set("decode_budget", slots)
+        self._set("evict_every", whole_number("evict_every", self.evict_every, least=1))
 
     def _check_rope(self) -> None:
         if self.rope not in ("true", "slot"):
@@ -238,3 +252,13 @@ class CachePlan:
             for layer in range(num_layers)
         ]
         return tuple(map(keys.index, keys))
+
+
+def check_plans(plans: Sequence[CachePlan]) -> None:
+    """Refuses one plan in place of several, and what is no plan.
+
+    Raises:
+        ValueError: naming what came.
+    """
+    if isinstance(plans, CachePlan) or not all(isinstance(plan, CachePlan) for plan in plans):
+        raise ValueError(f"plans: expected a tuple of plans, such as (plan,), got {plans!r}")

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.window_scores import output_factor
+from restkv_jax.arguments import check_tokens
 from restkv_jax.cache import KVCache, init_cache
 from restkv_jax.compression import CompressedLayer, compress
 from restkv_jax.layer import LayerInputs, Probe
-from restkv_jax.plan import CachePlan
+from restkv_jax.plan import CachePlan, check_plans
 from restkv_jax.prompt_attention import causal_attention
 from restkv_jax.protocols import CausalLM, LayerSpec, Projection
 from restkv_jax.received_attention import attention_and_received
@@ -34,7 +35,11 @@ def align_right(
 
     Returns:
         The moved tokens, and the number of tokens in each row.
+
+    Raises:
+        ValueError: no integers [B, T] with a mask for each of them.
     """
+    check_tokens(tokens, valid)
     columns = tokens.shape[1]
     trailing = jnp.argmax(valid[:, ::-1], axis=1)[:, None]
     source = (jnp.arange(columns) - trailing) % columns
@@ -70,12 +75,14 @@ def prefill(
         Logits of each row's last token in float32, and a cache for each plan.
 
     Raises:
-        ValueError: a probe that leaves no column of the prompt.
+        ValueError: tokens and a mask that do not fit together, plans that are none, or a probe that
+            leaves no column of the prompt.
     """
-    if not 0 <= probe < tokens.shape[1]:
-        raise ValueError(f"probe: expected less than {tokens.shape[1]} columns, got {probe}")
+    check_plans(plans)
     tokens, lengths = align_right(tokens, valid)
     batch, columns = tokens.shape
+    if not 0 <= probe < columns:
+        raise ValueError(f"probe: expected less than {columns} columns, got {probe}")
     positions = jnp.maximum(jnp.arange(columns) - (columns - lengths[:, None]), -1)
     specs, kept_columns = model.layer_specs, columns - probe
     caches = tuple(

@@ -7,7 +7,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
+
+# Of the first row, or of each.
+Seed = int | Sequence[int] | np.ndarray | Int[Array, "*B"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,7 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def row_keys(seed: int | Sequence[int], batch: int) -> Key[Array, " B"]:
+def row_keys(seed: Seed, batch: int) -> Key[Array, " B"]:
     """One random key per row: row b draws as a batch of one with seed `seed + b` would.
 
     Args:
@@ -53,15 +57,15 @@ def row_keys(seed: int | Sequence[int], batch: int) -> Key[Array, " B"]:
         batch: B.
 
     Raises:
-        ValueError: not one seed for each row.
+        ValueError: no integers, not one for each row, or (of those on the host) out of range.
     """
-    if isinstance(seed, Sequence):
-        if len(seed) != batch:
-            raise ValueError(f"seed: expected one for each of {batch} rows, got {len(seed)}")
-        seeds = jnp.asarray(seed, jnp.uint32)
-    else:
-        seeds = jnp.arange(batch, dtype=jnp.uint32) + jnp.uint32(seed)
-    return jax.vmap(jax.random.key)(seeds)
+    seeds = seed if isinstance(seed, jax.Array) else np.asarray(seed)
+    if not jnp.issubdtype(seeds.dtype, jnp.integer) or seeds.shape not in ((), (batch,)):
+        raise ValueError(f"seed: expected one integer, or one for each of {batch} rows, got {seed}")
+    if isinstance(seeds, np.ndarray) and ((seeds < 0) | (seeds >= 2**32)).any():
+        raise ValueError(f"seed: expected from 0 to 2**32 - 1, got {seed}")
+    after = jnp.arange(batch, dtype=jnp.uint32) if seeds.ndim == 0 else 0
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32) + after)
 
 
 def sample(

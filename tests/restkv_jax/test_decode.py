@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from restkv_jax.decode import (
+    AdaKV,
     CachePlan,
     CriticalKV,
     Full,
@@ -27,6 +28,7 @@ from restkv_jax.decode import (
     pad_prompts,
     prefill,
     row_keys,
+    score_tokens,
     with_output_factors,
 )
 from tests.restkv_jax import dense, tiny
@@ -348,3 +350,36 @@ def test_caches_of_other_forms_are_not_joined(model):
         join_rows(caches)
     with pytest.raises(ValueError, match="caches: expected at least one"):
         join_rows([])
+
+
+COPIED = (
+    CachePlan(policy=Full(), headroom=8),
+    CachePlan(policy=RestKV(window=W), budget=16, headroom=8, storage="int8"),
+    CachePlan(policy=SnapKV(window=W), budget=16, headroom=8, heads=AdaKV()),
+    CachePlan(policy=SnapKV(window=W), budget=16, decode_budget=12, evict_every=6),
+)
+
+
+@pytest.fixture(scope="module")
+def one_row():
+    """A model with a sliding window in one layer, logits of a prompt, and a cache by plan."""
+    model = tiny.with_windows(tiny.make(), (6, None))
+    return model, *prefill(model, *pad_prompts(prompts(40)), plans=COPIED)
+
+
+@pytest.mark.parametrize("which", range(len(COPIED)), ids=["full", "int8", "adakv", "evicting"])
+def test_copies_of_a_cache_answer_each_question_as_it_alone_does(one_row, which):
+    model, logits, caches = one_row
+    cache, questions = caches[which], jnp.asarray(prompts(5, 5, 5, seed=3))
+    copies = join_rows([cache] * 3)
+    out, after = extend(model, copies, questions)
+    scores, _ = score_tokens(model, jnp.tile(logits, (3, 1)), copies, questions)
+    for b in range(3):
+        alone, own = extend(model, cache, questions[b : b + 1])
+        np.testing.assert_allclose(out[b], alone[0], atol=2e-5)
+        expected, _ = score_tokens(model, logits, cache, questions[b : b + 1])
+        np.testing.assert_allclose(scores[b], expected[0], atol=2e-5)
+        for layer in range(2):
+            np.testing.assert_array_equal(
+                after.kept_positions(layer)[b], own.kept_positions(layer)[0]
+            )

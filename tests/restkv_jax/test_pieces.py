@@ -25,6 +25,7 @@ from restkv_jax.decode import (
     SharedBudget,
     SnapKV,
     Streaming,
+    continue_from,
     decode_step,
     extend,
     last_logits,
@@ -118,6 +119,32 @@ def test_bounded_prefill_sees_what_earlier_pieces_left(model):
     np.testing.assert_allclose(logits[0], expected[-1], atol=3e-5)
     assert {cache.slots(layer) for layer in range(2)} == {12 + piece}
     assert (np.asarray(cache.kept_positions(0)) >= 0).sum(-1).max() == 12
+
+
+@pytest.mark.parametrize(
+    ("budget", "decode_budget", "piece", "slots"),
+    [(12, 30, 8, 30 + 6), (30, 12, 6, 30 + 6), (12, 14, 20, 12 + 20), (12, 30, 30, 12 + 30)],
+)
+def test_a_bounded_prefill_leaves_the_room_to_decode_that_a_whole_one_does(
+    model, budget, decode_budget, piece, slots
+):
+    """More only where a piece needs it; the newest token is always held."""
+    plan = CachePlan(
+        policy=SnapKV(window=W), budget=budget, decode_budget=decode_budget, evict_every=6
+    )
+    prompt = pad_prompts(ROWS[:1])
+    logits, cache = prefill_bounded(model, *prompt, plan=plan, piece=piece)
+    _, (exact,) = jax.eval_shape(lambda: prefill(model, *prompt, plans=(plan,)))
+    assert [cache.slots(layer) for layer in range(2)] == [slots] * 2
+    assert slots == max(exact.slots(0), budget + piece)
+    assert cache.room >= exact.room >= plan.evict_every
+    out = continue_from(model, logits, cache, headroom=0, max_new_tokens=40, chunk=40)
+    for layer in range(2):
+        kept = np.asarray(out.cache.kept_positions(layer))[0]
+        newest = int(out.cache.next_position[0]) - 1
+        for head in kept:
+            assert set(range(newest - W, newest + 1)) <= set(head.tolist())
+            assert (head >= 0).sum() >= decode_budget
 
 
 def test_memory_of_a_bounded_prefill_does_not_grow_with_the_prompt(model):

@@ -17,6 +17,7 @@ from restkv_jax.decode import (
     Streaming,
     decode_step,
     extend,
+    init_cache,
     pad_prompts,
     prefill,
     prefill_chunked,
@@ -103,6 +104,19 @@ def test_lacache_counts_the_same_slots_in_all_layers():
 def test_plans_that_cannot_count_by_slot_are_refused(options):
     with pytest.raises(ValueError, match="rope"):
         CachePlan(**{"budget": 64, "rope": "slot", **options})
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_heads": 2}, {"num_kv_heads": 4}, {"head_dim": 4}], ids=str
+)
+def test_layers_of_unequal_heads_are_refused(model, change):
+    plan = CachePlan(policy=Streaming(), budget=12, rope="slot")
+    first = model.layer_specs[0]
+    specs = (first, dataclasses.replace(first, **change))
+    with pytest.raises(
+        ValueError, match=r"^rope: .* equal numbers and sizes of heads, .* layer 1$"
+    ):
+        init_cache(specs, plan, batch=1, prompt_columns=64, dtype=jnp.float32)
 
 
 def test_layers_without_frequencies_or_with_a_window_are_refused(model):

@@ -71,12 +71,46 @@ def test_a_row_draws_as_it_would_alone(model):
     assert again.rows() == batch.rows() != other.rows()
 
 
-def test_seeds_may_be_named_for_each_row():
-    named = jax.random.key_data(row_keys([7, 5, 7], 3))
+@pytest.mark.parametrize("form", [list, tuple, np.array, jnp.array, np.uint32])
+def test_seeds_may_be_named_for_each_row(form):
+    named = jax.random.key_data(row_keys(form([7, 5, 7]), 3))
     one_by_one = [jax.random.key_data(row_keys(seed, 1))[0] for seed in (7, 5, 7)]
     np.testing.assert_array_equal(named, one_by_one)
-    with pytest.raises(ValueError, match="seed: expected one for each of 3 rows, got 2"):
-        row_keys([7, 5], 3)
+
+
+@pytest.mark.parametrize("form", [int, np.int64, np.array, jnp.array, np.uint32])
+def test_one_seed_counts_up_from_row_to_row(form):
+    counted = jax.random.key_data(row_keys(form(7), 3))
+    np.testing.assert_array_equal(counted, jax.random.key_data(row_keys([7, 8, 9], 3)))
+    traced = jax.jit(lambda seed: jax.random.key_data(row_keys(seed, 3)))(form(7))
+    np.testing.assert_array_equal(traced, counted)
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        [7, 5],
+        np.array([7, 5]),
+        jnp.arange(4),
+        np.zeros((3, 1), int),
+        jnp.ones(3),
+        1.5,
+        [],
+        [1.0] * 3,
+    ],
+    ids=repr,
+)
+def test_seeds_of_another_number_or_kind_are_refused(seed):
+    with pytest.raises(ValueError, match=r"^seed: expected one integer, or one for each of 3 rows"):
+        row_keys(seed, 3)
+
+
+def test_seeds_reach_to_32_bits():
+    last = row_keys(2**32 - 1, 1)
+    assert (jax.random.key_data(last) == jax.random.key_data(row_keys([2**32 - 1], 1))).all()
+    for seed in (-1, 2**32, [0, -1]):
+        with pytest.raises(ValueError, match=r"^seed: expected from 0 to 2\*\*32 - 1, got"):
+            row_keys(seed, 2)
 
 
 def test_logprobs_are_the_models(model):
