@@ -9,6 +9,7 @@ shape, type and checksum.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ from restkv_jax.decode_loop import DecodeState
 from restkv_jax.fingerprint import checksum, weights_fingerprint
 from restkv_jax.plan import CachePlan
 from restkv_jax.protocols import CausalLM
+from restkv_jax.sharding import ShardedLM, unsplit
 
 VERSION = 1
 _FORMAT = "restkv-jax cache"
@@ -89,13 +91,14 @@ def save_cache(
     if exists:
         _read_description(folder)  # refuses to remove anything else
     arrays: dict[str, jax.Array] = {}
+    layers = tuple(map(unsplit, model.layer_specs))
     description = {
         "format": _FORMAT,
         "version": VERSION,
         "model": {
             "id": model_id,
             "weights": weights_fingerprint(model),
-            "layers": described.encode(model.layer_specs, "model.layers", arrays),
+            "layers": described.encode(layers, "model.layers", arrays),
         },
         "plan": described.encode(plan, "plan", arrays),
         "state": described.encode(state, "state", arrays),
@@ -124,16 +127,23 @@ def restore_cache(
 ) -> RestoredCache:
     """Reads what `save_cache` wrote; continuing from it gives the same bits.
 
+    A cache that was saved on one device or mesh can be restored onto any other: the numbers are
+    the same, and what follows is what that mesh would have given.
+
     Args:
         folder: a saved cache.
-        model: must have the layers and the weights that the cache was made with.
+        model: must have the layers and the weights that the cache was made with; on a mesh or not,
+            with its factors or without.
         model_id: must be the name that it was saved under.
-        sharding: where its arrays go; all on the default device if None. For random keys it is
-            that of the numbers behind them, which have one axis more.
+        sharding: where its arrays go, such as `rules.shardings` for `shard(model, rules)`; all on
+            the default device if None. For random keys it is that of the numbers behind them,
+            which have one axis more.
 
     Raises:
         CacheFolderError: there is no saved cache, it is damaged or of a newer format, or it was
             made with another model; the message says which, what was expected and what came.
+        ValueError: its rows, heads or shared lists cannot be split as the model's mesh or
+            `sharding` asks for.
     """
     folder = Path(folder).absolute()
     description = _read_description(folder)
@@ -155,10 +165,14 @@ def _restore(
     specs = described.decode(stored.get("layers", []))
     _expect(folder, "layers of the model", len(specs), len(model.layer_specs))
     for layer, (ours, theirs) in enumerate(zip(specs, model.layer_specs, strict=True)):
-        _expect(folder, f"model.layer_specs[{layer}]", ours, theirs)
+        saved, given = (dataclasses.asdict(unsplit(spec)) for spec in (ours, theirs))
+        for name, value in saved.items():
+            _expect(folder, f"model.layer_specs[{layer}].{name}", value, given[name])
     _expect(folder, "the model's weights", stored.get("weights"), weights_fingerprint(model))
     plan = described.decode(_part(folder, description, "plan"))
     node = _part(folder, description, "state")
+    if isinstance(model, ShardedLM):
+        model.rules.specs(described.decode(node, described.abstract))  # refuses what cannot be
     entries: dict[str, described.Entry] = {}
 
     def name_of(entry: described.Entry) -> str:
@@ -178,6 +192,7 @@ def _restore(
         if len(places) != len(names):
             raise ValueError(f"sharding: {len(places)} shardings for {len(names)} arrays")
         for name, place in zip(names, places, strict=True):
+            _require_split(name, wanted[name].shape, place)
             wanted[name] = wanted[name].update(sharding=place)
         arrays = _read_arrays(folder, wanted)
     sums = jax.device_get({name: checksum(value) for name, value in arrays.items()})
@@ -189,6 +204,13 @@ def _restore(
         return described.with_key(arrays[entry["array"]], entry)
 
     return RestoredCache(described.decode(node, array), plan, model_id)
+
+
+def _require_split(name: str, shape: tuple[int, ...], place: jax.sharding.Sharding) -> None:
+    try:
+        place.shard_shape(shape)
+    except ValueError as err:
+        raise ValueError(f"sharding: {name} of shape {shape}: {err}") from err
 
 
 def _check_made_by(state: KVCache | DecodeState, plan: CachePlan, model: CausalLM) -> None:
