@@ -325,11 +325,6 @@ def shard(model: CausalLM, rules: MeshRules) -> ShardedLM:
     return sharded
 
 
-def unsplit(spec: LayerSpec) -> LayerSpec:
-    """The layer, whatever devices its heads lie on."""
-    return dataclasses.replace(spec, head_axis=None, head_shards=1)
-
-
 def _with_heads(state: State, change: Callable[[int], int]) -> State:
     """The static number of heads in every stack, changed to the device's own and back."""
 
