@@ -2,8 +2,8 @@
 
 A saved cache is one Orbax checkpoint with two parts, which appear together or not at all:
 `arrays/`, and `cache/metadata`, a JSON text that holds everything else: the plan with all options
-of its policy, the model's identifier, layers and weights' fingerprint, and for each array its
-shape, type and checksum.
+of its policy, the model's identifier, layers, configuration and weights' fingerprint, and for each
+array its shape, type and checksum.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.quantized import QuantArray
 from restkv_jax import description as described
 from restkv_jax.cache import KVCache
 from restkv_jax.decode_loop import DecodeState
-from restkv_jax.fingerprint import checksum, weights_fingerprint
+from restkv_jax.fingerprint import checksum
 from restkv_jax.plan import CachePlan
 from restkv_jax.protocols import CausalLM
+from restkv_jax.provenance import check_made_by, check_model, describe_model
+from restkv_jax.sharding import ShardedLM
 
 VERSION = 1
 _FORMAT = "restkv-jax cache"
@@ -71,8 +72,10 @@ def save_cache(
         folder: where to; must not exist unless `overwrite` is given.
         state: a cache, to be extended or decoded from; or a `DecodeState`, which goes on as if
             it had never stopped, random draws included.
-        plan: that the cache was made by.
-        model: that the cache was made with.
+        plan: that the cache was made by. One that gives caches of another form is refused; a cache
+            does not tell the policy, unless it evicts while decoding, nor slots from headroom.
+        model: that the cache was made with. Its layers, its weights and, if it has one that is a
+            dataclass, its `config` are noted.
         model_id: its name; whoever restores must give the same.
         overwrite: replace a cache that is already there, and nothing but a cache.
 
@@ -82,7 +85,10 @@ def save_cache(
             of `POLICIES`.
     """
     folder = Path(folder).absolute()
-    _check_made_by(state, plan, model)
+    cache = state.cache if isinstance(state, DecodeState) else state
+    if not isinstance(cache, KVCache):
+        raise ValueError(f"state: expected a KVCache or a DecodeState, got {type(state).__name__}")
+    check_made_by(cache, plan, model)
     exists = folder.exists()
     if exists and not overwrite:
         raise CacheFolderError(f"{folder}: exists already; overwrite=True replaces a saved cache")
@@ -92,11 +98,7 @@ def save_cache(
     description = {
         "format": _FORMAT,
         "version": VERSION,
-        "model": {
-            "id": model_id,
-            "weights": weights_fingerprint(model),
-            "layers": described.encode(model.layer_specs, "model.layers", arrays),
-        },
+        "model": describe_model(model, model_id),
         "plan": described.encode(plan, "plan", arrays),
         "state": described.encode(state, "state", arrays),
     }
@@ -124,16 +126,24 @@ def restore_cache(
 ) -> RestoredCache:
     """Reads what `save_cache` wrote; continuing from it gives the same bits.
 
+    A cache that was saved on one device or mesh can be restored onto any other: the numbers are
+    the same, and what follows is what that mesh would have given.
+
     Args:
         folder: a saved cache.
-        model: must have the layers and the weights that the cache was made with.
+        model: must have the layers, the weights and the `config` that the cache was made with, on
+            a mesh or not, with its factors or without. Of models without a `config`, what they
+            compute with equal weights is not known.
         model_id: must be the name that it was saved under.
-        sharding: where its arrays go; all on the default device if None. For random keys it is
-            that of the numbers behind them, which have one axis more.
+        sharding: where its arrays go, such as `rules.shardings` for `shard(model, rules)`; all on
+            the default device if None. For random keys it is that of the numbers behind them,
+            which have one axis more.
 
     Raises:
         CacheFolderError: there is no saved cache, it is damaged or of a newer format, or it was
             made with another model; the message says which, what was expected and what came.
+        ValueError: its rows, heads or shared lists cannot be split as the model's mesh or
+            `sharding` asks for.
     """
     folder = Path(folder).absolute()
     description = _read_description(folder)
@@ -150,15 +160,11 @@ def _restore(
     model_id: str,
     sharding: Sharding | None,
 ) -> RestoredCache:
-    stored = _part(folder, description, "model")
-    _expect(folder, "model_id", stored.get("id"), model_id)
-    specs = described.decode(stored.get("layers", []))
-    _expect(folder, "layers of the model", len(specs), len(model.layer_specs))
-    for layer, (ours, theirs) in enumerate(zip(specs, model.layer_specs, strict=True)):
-        _expect(folder, f"model.layer_specs[{layer}]", ours, theirs)
-    _expect(folder, "the model's weights", stored.get("weights"), weights_fingerprint(model))
-    plan = described.decode(_part(folder, description, "plan"))
-    node = _part(folder, description, "state")
+    check_model(_part(description, "model"), model, model_id)
+    plan = described.decode(_part(description, "plan"))
+    node = _part(description, "state")
+    if isinstance(model, ShardedLM):
+        model.rules.specs(described.decode(node, described.abstract))  # refuses what cannot be
     entries: dict[str, described.Entry] = {}
 
     def name_of(entry: described.Entry) -> str:
@@ -178,12 +184,13 @@ def _restore(
         if len(places) != len(names):
             raise ValueError(f"sharding: {len(places)} shardings for {len(names)} arrays")
         for name, place in zip(names, places, strict=True):
+            _require_split(name, wanted[name].shape, place)
             wanted[name] = wanted[name].update(sharding=place)
         arrays = _read_arrays(folder, wanted)
     sums = jax.device_get({name: checksum(value) for name, value in arrays.items()})
     for name, value in sums.items():
-        _expect(folder, f"shape of {name}", wanted[name].shape, arrays[name].shape)
-        _expect(folder, f"checksum of {name}", entries[name]["checksum"], int(value))
+        described.expect(f"shape of {name}", wanted[name].shape, arrays[name].shape)
+        described.expect(f"checksum of {name}", entries[name]["checksum"], int(value))
 
     def array(entry: described.Entry) -> jax.Array:
         return described.with_key(arrays[entry["array"]], entry)
@@ -191,23 +198,11 @@ def _restore(
     return RestoredCache(described.decode(node, array), plan, model_id)
 
 
-def _check_made_by(state: KVCache | DecodeState, plan: CachePlan, model: CausalLM) -> None:
-    cache = state.cache if isinstance(state, DecodeState) else state
-    if not isinstance(cache, KVCache):
-        raise ValueError(f"state: expected a KVCache or a DecodeState, got {type(state).__name__}")
-    if len(cache.rows) != len(model.layer_specs):
-        raise ValueError(
-            f"model: {len(model.layer_specs)} layers, but the cache has {len(cache.rows)}"
-        )
-    if cache.eviction != plan.eviction:
-        raise ValueError(
-            f"plan: evicts {plan.eviction} while decoding, but the cache {cache.eviction}"
-        )
-    if cache.by_slot != (plan.rope == "slot"):
-        raise ValueError(f"plan: rope is {plan.rope!r}, but the cache has by_slot={cache.by_slot}")
-    storage = {"int8" if isinstance(s.k, QuantArray) else "model" for s in cache.stacks}
-    if storage != {plan.storage}:
-        raise ValueError(f"plan: storage is {plan.storage!r}, but the cache's is {storage}")
+def _require_split(name: str, shape: tuple[int, ...], place: jax.sharding.Sharding) -> None:
+    try:
+        place.shard_shape(shape)
+    except ValueError as err:
+        raise ValueError(f"sharding: {name} of shape {shape}: {err}") from err
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -220,7 +215,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
         except Exception as err:  # whatever the storage layers raise
             raise CacheFolderError(f"{folder}: not a whole saved cache ({_cause(err)})") from err
     found = description.get("format") if isinstance(description, dict) else None
-    _expect(folder, "format", found, _FORMAT)
+    if found != _FORMAT:
+        raise CacheFolderError(f"{folder}: format: expected {_FORMAT!r}, got {found!r}")
     version = description.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise CacheFolderError(
@@ -240,16 +236,11 @@ def _read_arrays(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     return dict(arrays)
 
 
-def _part(folder: Path, description: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _part(description: Mapping[str, Any], name: str) -> dict[str, Any]:
     part = description.get(name)
     if not isinstance(part, dict):
-        raise CacheFolderError(f"{folder}: its description has no {name!r}")
+        raise described.DescriptionError(f"its description has no {name!r}")
     return part
-
-
-def _expect(folder: Path, what: str, stored: Any, given: Any) -> None:
-    if stored != given:
-        raise CacheFolderError(f"{folder}: {what}: the cache has {stored!r}, got {given!r}")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -26,7 +27,7 @@ random keys "random_key", the generator's name; the rest is then that of the num
 
 
 class DescriptionError(ValueError):
-    """A description that cannot be read."""
+    """A description that cannot be read, or is that of something else."""
 
 
 def encode(value: Any, name: str, arrays: dict[str, jax.Array]) -> Any:
@@ -63,6 +64,30 @@ def encode(value: Any, name: str, arrays: dict[str, jax.Array]) -> Any:
         for field in dataclasses.fields(value)
     }
     return {"class": cls.__name__, **fields}
+
+
+def settings(value: Any) -> dict[str, Any]:
+    """JSON of a dataclass's fields, of any class; those with other than plain values are left out.
+
+    Args:
+        value: a dataclass; its fields may be plain values, dataclasses and lists or tuples of
+            both.
+    """
+    found = {}
+    for field in dataclasses.fields(value):
+        with contextlib.suppress(TypeError):
+            found[field.name] = _plain(getattr(value, field.name))
+    return found
+
+
+def expect(what: str, stored: Any, given: Any) -> None:
+    """Refuses what is not as the description says.
+
+    Raises:
+        DescriptionError: saying what it is about, what was expected, and what came.
+    """
+    if stored != given:
+        raise DescriptionError(f"{what}: the cache has {stored!r}, got {given!r}")
 
 
 def decode(node: Any, array: Callable[[Entry], Any] | None = None) -> Any:
@@ -109,6 +134,16 @@ def with_key(x: jax.Array, entry: Entry) -> jax.Array:
     """The array itself, or the random keys that its numbers stand for."""
     generator = entry.get("random_key")
     return x if generator is None else jax.random.wrap_key_data(x, impl=generator)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        raise TypeError(f"expected plain values and dataclasses, got {type(value).__name__}")
+    return {"class": type(value).__name__, **settings(value)}
 
 
 def _classes() -> dict[str, type]:

@@ -10,6 +10,7 @@ from jaxtyping import Array, UInt32
 
 from restkv_jax.factors import FactoredLM
 from restkv_jax.protocols import CausalLM
+from restkv_jax.sharding import ShardedLM
 
 
 @jax.jit
@@ -33,14 +34,19 @@ def checksum(x: Array) -> UInt32[Array, ""]:
     return jnp.sum(_mix(words ^ _mix(place)), dtype=jnp.uint32)
 
 
+def bare(model: CausalLM) -> CausalLM:
+    """The model itself, without what `with_output_factors` and `shard` put around it."""
+    while isinstance(model, FactoredLM | ShardedLM):
+        model = model.model
+    return model
+
+
 def weights_fingerprint(model: CausalLM) -> str:
     """16 hexadecimal digits of all weights: shapes, types and every value.
 
-    Factors that were added by `with_output_factors` do not count.
+    Neither factors that were added by `with_output_factors` count nor a mesh, see `bare`.
     """
-    if isinstance(model, FactoredLM):
-        return weights_fingerprint(model.model)
-    leaves = jax.tree.leaves(model)
+    leaves = jax.tree.leaves(bare(model))
     digest = hashlib.sha256()
     for leaf, bits in zip(leaves, jax.device_get([checksum(leaf) for leaf in leaves]), strict=True):
         digest.update(f"{leaf.shape}{leaf.dtype}{bits}".encode())

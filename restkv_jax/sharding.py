@@ -115,11 +115,17 @@ class MeshRules:
         Args:
             tree: of caches, decode states, layer inputs, compressed layers or their shapes; any
                 other array in it must lead with the batch.
+
+        Raises:
+            ValueError: a cache whose rows, heads or shared lists cannot be split evenly.
         """
         return jax.tree.map(self._specs, tree, is_leaf=lambda node: type(node) in _PARTS)
 
     def shardings(self, tree: Tree) -> Tree:
-        """`NamedSharding`s in the place of a pytree's arrays, for `jax.device_put` or `jit`."""
+        """`NamedSharding`s in the place of a pytree's arrays, for `jax.device_put` or `jit`.
+
+        Arguments and errors as of `specs`.
+        """
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.specs(tree))
 
     def on_shards(self, compute: Callable[..., Result], layer: LayerInputs, *rows: Array) -> Result:
@@ -173,6 +179,16 @@ class MeshRules:
                 f"{self.axis('batch')!r}; expected a multiple"
             )
 
+    def _require_sets(self, stack: LayerStack) -> None:
+        shards, sets = self.shards("kv_heads"), stack.positions.shape[1]
+        if sets % shards:
+            what = "heads with slots of their own" if stack.owners is None else "lists of entries"
+            raise ValueError(
+                f"mesh: {sets} {what} in each layer of the cache cannot be split over {shards} "
+                f"devices of axis {self.axis('kv_heads')!r}; expected a multiple. A cache keeps "
+                "the number that it was made with: put more of the devices on the batch's axis"
+            )
+
     def _specs(self, node: Any) -> Any:
         rows, heads = self.spec("batch"), self.spec("batch", "kv_heads")
 
@@ -180,6 +196,8 @@ class MeshRules:
             return [jax.tree.map(lambda _: spec, part) for part in parts]
 
         if isinstance(node, LayerStack):
+            self._require_rows(node.positions.shape[0])
+            self._require_sets(node)
             k, v, positions, owners, carried = each(
                 heads, node.k, node.v, node.positions, node.owners, node.carried
             )

@@ -32,10 +32,8 @@ from restkv_jax.decode import (
     restore_cache,
     row_keys,
     save_cache,
-    weights_fingerprint,
     with_output_factors,
 )
-from restkv_jax.fingerprint import checksum
 from tests.restkv_jax import tiny
 
 W = 4
@@ -189,19 +187,6 @@ def test_the_description_can_be_read_by_people(saved):
     assert found["state"]["cache"]["stacks"][0]["positions"]["dtype"] == "int32"
 
 
-def test_another_model_is_refused(model, saved):
-    with pytest.raises(CacheFolderError, match=r"model_id: the cache has 'tiny', got 'other'"):
-        restore_cache(saved, model=model, model_id="other")
-    with pytest.raises(CacheFolderError, match=r"layer_specs\[1\]: the cache has LayerSpec\("):
-        restore_cache(saved, model=tiny.with_windows(model, (None, 9)), model_id="tiny")
-    with pytest.raises(CacheFolderError, match="layers of the model: the cache has 2, got 3"):
-        restore_cache(saved, model=tiny.make(layers=3), model_id="tiny")
-    late = model.params["mlp"].at[-1, -1, -1].add(1e-6)
-    other = dataclasses.replace(model, params={**model.params, "mlp": late})
-    with pytest.raises(CacheFolderError, match=r"weights: the cache has '[0-9a-f]{16}', got"):
-        restore_cache(saved, model=other, model_id="tiny")
-
-
 def set_version(description):
     description["version"] = VERSION + 1
 
@@ -239,7 +224,7 @@ def other_format(description):
         (impossible_option, "'RestKV': window"),
         (other_bits, r"checksum of state.token: the cache has \d+, got \d+"),
         (other_shape, r"shape of state.cache.stacks.0.positions: the cache has"),
-        (other_format, "format: the cache has 'something else'"),
+        (other_format, "format: expected 'restkv-jax cache', got 'something else'"),
     ],
 )
 def test_a_damaged_description_is_refused(model, saved, tmp_path, change, message):
@@ -276,44 +261,3 @@ def test_nothing_is_overwritten_by_accident(model, tmp_path):
     with pytest.raises(CacheFolderError, match="not a whole saved cache"):
         save_cache(tmp_path / "thesis", first, **given, overwrite=True)
     assert (tmp_path / "thesis" / "chapter").read_text() == "1"
-
-
-def test_a_cache_is_saved_with_its_own_plan_and_model(model, tmp_path):
-    state = start(model, PLANS["carried"])
-
-    def save(**other):
-        given = {"plan": PLANS["carried"], "model": model, "model_id": "tiny", **other}
-        save_cache(tmp_path / "saved", given.pop("state", state), **given)
-
-    with pytest.raises(ValueError, match="plan: evicts None while decoding"):
-        save(plan=PLANS["restkv"])
-    with pytest.raises(ValueError, match="plan: storage is 'int8'"):
-        save(plan=dataclasses.replace(PLANS["carried"], storage="int8"))
-    with pytest.raises(ValueError, match="plan: rope is 'true', but the cache has by_slot=True"):
-        save(state=dataclasses.replace(state.cache, by_slot=True))
-    with pytest.raises(ValueError, match="model: 3 layers, but the cache has 2"):
-        save(model=tiny.make(layers=3))
-    with pytest.raises(ValueError, match="state: expected a KVCache or a DecodeState, got list"):
-        save(state=[])
-    assert not (tmp_path / "saved").exists()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "uint32"])
-def test_checksums_tell_values_and_places_apart(dtype):
-    x = jnp.arange(24).reshape(2, 3, 4).astype(dtype)
-    sums = [int(checksum(y)) for y in (x, x[::-1], jnp.swapaxes(x, 0, 2), x.at[1, 2, 3].set(0))]
-    assert len(set(sums)) == 4
-    assert sums[0] == int(checksum(jnp.asarray(np.asarray(x))))
-    mesh = jax.make_mesh((2,), ("a",), devices=jax.devices()[:2])
-    split = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P("a")))
-    assert int(checksum(split)) == sums[0]
-
-
-def test_every_weight_counts_in_the_fingerprint(model):
-    prints = {weights_fingerprint(model), weights_fingerprint(with_output_factors(model))}
-    assert len(prints) == 1
-    for name, value in model.params.items():
-        place = tuple(size // 2 for size in value.shape)
-        params = {**model.params, name: value.at[place].add(1e-5)}
-        prints.add(weights_fingerprint(dataclasses.replace(model, params=params)))
-    assert len(prints) == 1 + len(model.params)
