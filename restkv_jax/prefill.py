@@ -76,7 +76,7 @@ def prefill(
         raise ValueError(f"probe: expected less than {tokens.shape[1]} columns, got {probe}")
     tokens, lengths = align_right(tokens, valid)
     batch, columns = tokens.shape
-    positions = jnp.maximum(jnp.arange(columns) - (columns - lengths[:, None]), -1)
+    positions = jnp.maximum(jnp.arange(columns, dtype=jnp.int32) - (columns - lengths[:, None]), -1)
     specs, kept_columns = model.layer_specs, columns - probe
     caches = tuple(
         init_cache(specs, plan, batch=batch, prompt_columns=kept_columns, dtype=model.kv_dtype)
