@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
+from jaxtyping import Array
 
 # How `implementation=` names them: plain XLA, Pallas through Mosaic on TPU, Pallas on GPU, a Triton
 # kernel through jax-triton on GPU, and what comes with JAX: splash attention on TPU, cuDNN on GPU.
@@ -58,6 +60,9 @@ def dispatch(
     that only the arguments know of is not seen here: Mosaic then refuses to compile and names
     `shard_map`.
 
+    Kernels know no 64-bit types: they are traced without `jax_enable_x64`, int64 arguments become
+    int32, and where one is float64 the reference runs.
+
     Derivatives are those of the reference, whatever ran.
 
     Args:
@@ -74,20 +79,21 @@ def dispatch(
     names = ("xla", *_PLATFORMS)
     if implementation is not None and implementation not in names:
         raise ValueError(f"implementation: expected None or one of {names}, got {implementation!r}")
+    args = jax.tree.map(_narrow, args)
     if implementation == "xla":
         return reference(*args)
-    partitioned = _partitioned_axes()
+    unfit = _partitioned_axes() or _wide(args)
     if implementation is not None:
-        refusals = {kernel.name: kernel.refusal or partitioned for kernel in kernels}
+        refusals = {kernel.name: kernel.refusal or unfit for kernel in kernels}
         reason = refusals.get(implementation, "there is no such kernel")
         if reason is not None:
             raise NotImplementedError(f"{op}: implementation {implementation!r}: {reason}")
         (run,) = (kernel.run for kernel in kernels if kernel.name == implementation)
-        return with_derivatives_of(reference, run)(*args)
+        return with_derivatives_of(reference, _in_32_bits(run))(*args)
     by_platform: dict[str, Callable[..., Any]] = {}
-    for kernel in () if partitioned else kernels:
+    for kernel in () if unfit else kernels:
         if kernel.refusal is None:
-            run = with_derivatives_of(reference, kernel.run)
+            run = with_derivatives_of(reference, _in_32_bits(kernel.run))
             by_platform.setdefault(_PLATFORMS[kernel.name], run)
         elif _PLATFORMS[kernel.name] == _PLATFORM_OF_BACKEND.get(jax.default_backend()):
             _log_once(f"{op}: {kernel.name} is not used: {kernel.refusal}")
@@ -109,6 +115,16 @@ def _partitioned_axes() -> str | None:
     )
 
 
+def _narrow(x: Array) -> Array:
+    return x.astype(jnp.int32) if x.dtype == jnp.int64 else x
+
+
+def _wide(args: Any) -> str | None:
+    """Why no kernel may run on these arguments: one is float64."""
+    wide = any(x.dtype == jnp.float64 for x in jax.tree.leaves(args))
+    return "an array is float64, which no kernel knows" if wide else None
+
+
 def with_derivatives_of(
     reference: Callable[..., Any], run: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -120,6 +136,16 @@ def with_derivatives_of(
         return op(*primals), jax.jvp(reference, primals, tangents)[1]
 
     return op
+
+
+def _in_32_bits(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` without `jax_enable_x64`, under which the indices in a kernel would be int64."""
+
+    def narrow(*args: Any) -> Any:
+        with jax.enable_x64(False):
+            return run(*args)
+
+    return narrow
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.masked_eviction import largest
+from restkv_jax.budget import part
 from restkv_jax.protocols import LayerSpec
 
 
@@ -171,7 +172,7 @@ class SharedBudget(HeadAllocation):
         del layer
         pinned, past, scores = _split(importance, budget)
         heads = scores.shape[1]
-        sure = jnp.floor(past * self.floor).astype(jnp.int32)[:, None, None]
+        sure = jnp.floor(part(past, self.floor)).astype(jnp.int32)[:, None, None]
         most = min(slots, scores.shape[-1])
         _, best = largest(scores, most)
         best = jnp.where(jnp.arange(most) < sure, best, scores.shape[-1])
@@ -276,7 +277,8 @@ def adakv_counts(
         total = jnp.maximum(jnp.sum(finite, axis=-1), jnp.finfo(scores.dtype).tiny)
         scores = jnp.where(scores > -jnp.inf, scores * (held / total)[..., None], -jnp.inf)
     counts = _winners(scores, heads * past, heads * most)
-    return jnp.round(counts * (1.0 - floor) + jnp.floor(past * floor)[:, None]).astype(jnp.int32)
+    sure = jnp.floor(part(past, floor))[:, None]
+    return jnp.round(part(counts, 1.0 - floor) + sure).astype(jnp.int32)
 
 
 def _winners(

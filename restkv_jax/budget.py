@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from restkv_jax.arguments import integer, whole_number
 
@@ -55,8 +55,13 @@ def row_budget(
     """Slots that each row may fill, at most `capacity`; a ratio is of the row's own length."""
     if isinstance(budget, int):
         return jnp.full_like(lengths, min(budget, capacity))
-    share = jnp.round(budget * lengths).astype(lengths.dtype)
+    share = jnp.round(part(lengths, budget)).astype(lengths.dtype)
     return jnp.clip(share, min(window + 1, capacity), capacity)
+
+
+def part(counts: Int[Array, "*B"], share: float) -> Float[Array, "*B"]:
+    """What a share of them is, float32: under `jax_enable_x64` it rounds as it does without."""
+    return counts.astype(jnp.float32) * share
 
 
 def pyramid_past(past: int, columns: int, *, layer: int, num_layers: int) -> int:

@@ -203,7 +203,7 @@ def init_cache(
                 owners=jnp.full((batch, lists, total), -1, jnp.int32) if kind.lists else None,
                 queries=jnp.zeros(queries, dtype) if remember else None,
                 carried=(
-                    jnp.full((batch, kind.num_heads, total), -1.0)
+                    jnp.full((batch, kind.num_heads, total), -1.0, jnp.float32)
                     if carries and not kind.ring
                     else None
                 ),
@@ -221,7 +221,8 @@ def init_cache(
 
 def _empty(shape: tuple[int, ...], dtype: DTypeLike, plan: CachePlan) -> Array | QuantArray:
     if plan.storage == "int8":
-        return QuantArray(values=jnp.zeros(shape, jnp.int8), scale=jnp.zeros(shape[:-1]))
+        scale = jnp.zeros(shape[:-1], jnp.float32)
+        return QuantArray(values=jnp.zeros(shape, jnp.int8), scale=scale)
     return jnp.zeros(shape, dtype)
 
 

@@ -120,11 +120,11 @@ class LayerInputs:
         if self.cached_positions is not None:
             return self.cached_positions
         first = self.columns - self.lengths[:, None, None]
-        return jnp.arange(self.columns) - first
+        return jnp.arange(self.columns, dtype=jnp.int32) - first
 
     def query_positions(self, rows: int) -> Int[Array, "B R"]:
         """Positions of the last `rows` queries, negative before the row's start."""
-        return self.lengths[:, None] - rows + jnp.arange(rows)
+        return self.lengths[:, None] - rows + jnp.arange(rows, dtype=jnp.int32)
 
     def by_query_head(self, x: Array) -> Array:
         """Repeats an array [B, M, ...] for the query heads of each group; M = 1 stays as it is."""
@@ -147,7 +147,7 @@ class LayerInputs:
         if project:
             return self.factor
         size = self.spec.head_dim
-        return jnp.broadcast_to(jnp.eye(size), (self.spec.num_heads, size, size))
+        return jnp.broadcast_to(jnp.eye(size, dtype=jnp.float32), (self.spec.num_heads, size, size))
 
     @property
     def seen_values(self) -> Float[Array, "B K S H"]:
@@ -263,7 +263,7 @@ class LayerInputs:
         """Queries and keys of the window's attention, and the positions of both."""
         q, k, positions, queries = self.q, self.k, self.positions, self.query_positions(window)
         if self.probe is not None:
-            q, own = self.probe.q, jnp.arange(self.probe.q.shape[2])
+            q, own = self.probe.q, jnp.arange(self.probe.q.shape[2], dtype=jnp.int32)
             queries = queries + own.size
             k = jnp.concatenate([k, self.probe.k.astype(k.dtype)], axis=2)
             queries = jnp.where(jnp.arange(window) >= window - own.size, queries, -1)
@@ -333,7 +333,7 @@ def layer_inputs(
         k=k,
         v=v,
         factor=output_factor(w_o),
-        lengths=lengths,
+        lengths=jnp.asarray(lengths, jnp.int32),
         spec=spec,
         w_o=w_o,
         index=index,

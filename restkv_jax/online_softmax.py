@@ -106,7 +106,8 @@ def online_softmax(
             weights=jnp.zeros((*shape, block, key_block), jnp.float32),
             peaks=jnp.zeros((*shape, block, 1), jnp.float32),
         )
-    columns, (out, log_sums) = jax.lax.scan(attend, columns, jnp.arange(queries.shape[3]))
+    numbers = jnp.arange(queries.shape[3], dtype=jnp.int32)
+    columns, (out, log_sums) = jax.lax.scan(attend, columns, numbers)
     out = jnp.moveaxis(out, 0, 3).reshape(batch, heads, -1, size)[:, :, :tokens]
     log_sums = jnp.moveaxis(log_sums, 0, 3).reshape(batch, heads, -1)[:, :, :tokens]
     if columns is None:

@@ -235,7 +235,7 @@ class CachePlan:
         mean = budgets.slot_capacity(budget, columns, window=window)
         uniform = budgets.row_budget(budget, lengths, window=window, capacity=mean)
         share = (capacity - window) / (mean - window)
-        past = jnp.round((uniform - window) * share).astype(uniform.dtype)
+        past = jnp.round(budgets.part(uniform - window, share)).astype(uniform.dtype)
         return window + jnp.clip(past, 1, capacity - window)
 
     def alike(self, columns: int, num_layers: int) -> tuple[int, ...]:

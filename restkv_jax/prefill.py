@@ -83,7 +83,7 @@ def prefill(
     batch, columns = tokens.shape
     if not 0 <= probe < columns:
         raise ValueError(f"probe: expected less than {columns} columns, got {probe}")
-    positions = jnp.maximum(jnp.arange(columns) - (columns - lengths[:, None]), -1)
+    positions = jnp.maximum(jnp.arange(columns, dtype=jnp.int32) - (columns - lengths[:, None]), -1)
     specs, kept_columns = model.layer_specs, columns - probe
     caches = tuple(
         init_cache(specs, plan, batch=batch, prompt_columns=kept_columns, dtype=model.kv_dtype)

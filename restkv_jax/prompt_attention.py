@@ -134,8 +134,8 @@ def _last_log_sums(
     block, key_block = min(BLOCK, rows), min(_WIDE_BLOCK, columns)
 
     def seen(i: Array, j: Array) -> Bool[Array, "B 1 Q C"]:
-        query_columns = columns - rows + i * block + jnp.arange(block)
-        key_columns = j * key_block + jnp.arange(key_block)
+        query_columns = columns - rows + i * block + jnp.arange(block, dtype=jnp.int32)
+        key_columns = j * key_block + jnp.arange(key_block, dtype=jnp.int32)
         return _causal(query_columns, key_columns, columns - lengths, spec)[:, None]
 
     def blocks(i: Array) -> tuple[int, int]:
@@ -162,8 +162,8 @@ def prompt_mask(
     earliest = jnp.min(first) // block
 
     def seen(i: Array, j: Array) -> Bool[Array, "B 1 Q C"]:
-        query_columns = i * block + jnp.arange(block)
-        key_columns = j * block + jnp.arange(block)
+        query_columns = i * block + jnp.arange(block, dtype=jnp.int32)
+        key_columns = j * block + jnp.arange(block, dtype=jnp.int32)
         inside = _causal(query_columns, key_columns, first, spec)
         if causal_from:
             query_columns, distance = query_columns[:, None], query_columns[:, None] - key_columns

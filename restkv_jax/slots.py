@@ -232,9 +232,9 @@ class LayerStack:
 
     def _not_carried(self, slot: Int[Array, "B C"]) -> Float[Array, "B C N"] | None:
         """What new entries have in `carried`."""
-        return (
-            None if self.carried is None else jnp.full((*slot.shape, self.carried.shape[1]), -1.0)
-        )
+        if self.carried is None:
+            return None
+        return jnp.full((*slot.shape, self.carried.shape[1]), -1.0, self.carried.dtype)
 
     def advance(self, count: Int[Array, " B"]) -> LayerStack:
         """Moves all cursors behind so many tokens of each row; to move one copies the others."""
@@ -270,7 +270,7 @@ class LayerStack:
     def last_queries(self, row: int | Array, position: Int[Array, " B"]) -> Array:
         """[B, N, W, H] the W queries before `position`, oldest first."""
         if self.queries is None:
-            return jnp.zeros((position.shape[0], 1, 0, 1))
+            return jnp.zeros((position.shape[0], 1, 0, 1), jnp.float32)
         kept = self.queries.shape[3]
         order = (position[:, None] + jnp.arange(1, kept)) % kept
         return jnp.take_along_axis(self.queries[row], order[:, None, :, None], axis=2)

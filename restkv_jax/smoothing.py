@@ -28,9 +28,9 @@ def temporal_weights(kind: Temporal, window: int, alpha: float) -> Float[Array, 
         alpha: weight of the row that comes last into the average.
     """
     if kind == "mean":
-        return jnp.full(window, 1.0 / window)
+        return jnp.full(window, 1.0 / window, jnp.float32)
     if kind == "last":
-        return jnp.eye(window)[-1]
+        return jnp.eye(window, dtype=jnp.float32)[-1]
     age = np.arange(window - 1, -1, -1, dtype=np.float64)
     weights = alpha * (1.0 - alpha) ** age
     weights[0] = (1.0 - alpha) ** (window - 1)
@@ -67,7 +67,7 @@ def attention_drift(
     counts = jnp.broadcast_to(counts[:, None, None], weights.shape[:-1])
     top = top_mask(weights, counts)
     # Positions from the middle: their int32 sums stay small, and the drift is a difference.
-    from_middle = jnp.arange(columns) - columns // 2
+    from_middle = jnp.arange(columns, dtype=jnp.int32) - columns // 2
     means = row_sum(jnp.where(top, from_middle, 0)) / counts
     return jnp.mean(means[..., :half], axis=-1) - jnp.mean(means[..., half:], axis=-1)
 

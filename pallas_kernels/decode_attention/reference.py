@@ -143,7 +143,7 @@ def visible(
         seen &= distance < window
     if owners is None:
         return seen
-    set_of = jnp.arange(group) // (group // sets)
+    set_of = jnp.arange(group, dtype=jnp.int32) // (group // sets)
     own = owners[:, :, None] == set_of[:, None]  # [B, J, G, S]
     by_head = seen[:, :, None] & own[:, :, :, None]
     return by_head.reshape(seen.shape[0], -1, *seen.shape[2:])

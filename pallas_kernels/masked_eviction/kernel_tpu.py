@@ -153,7 +153,7 @@ def _threshold_kernel(budget: Ref, importance: Ref, limits: Ref) -> None:
     index += jax.lax.broadcasted_iota(jnp.int32, bits.shape, 1)
 
     def count(marked: Bool[Array, "R L"]) -> Int[Array, "1 1"]:
-        return jnp.sum(marked.astype(jnp.int32), keepdims=True)
+        return _number(marked, keepdims=True)
 
     wanted = jnp.minimum(budget[pl.program_id(0)], count(bits > lowest))
 
@@ -192,7 +192,7 @@ def _move_kernel(limits: Ref, importance: Ref, *refs: Ref, num_rows: int) -> Non
     columns = step * _BLOCK + jax.lax.broadcasted_iota(jnp.int32, bits.shape, 1)
     threshold, cut = limits[:, 0:1], limits[:, 1:2]
     stays = (bits > threshold) | ((bits == threshold) & (columns < cut))
-    number = jnp.sum(stays.astype(jnp.int32))
+    number = _number(stays)
 
     @pl.when(number > 0)
     def _move() -> None:
@@ -228,6 +228,15 @@ def _move_kernel(limits: Ref, importance: Ref, *refs: Ref, num_rows: int) -> Non
     def _finish() -> None:
         for new, held in ((new_k, held_k), (new_v, held_v), (side, held_side)):
             new[...] = held[: new.shape[0], :].astype(new.dtype)
+
+
+def _number(marked: Bool[Array, "R L"], *, keepdims: bool = False) -> Int[Array, "*1"]:
+    """How many are True. Float32 counts them exactly, up to 2^24 columns.
+
+    A sum of int32 to one number is traced once more when Mosaic lowers it, and under
+    `jax_enable_x64` becomes one of int64, which Mosaic has not.
+    """
+    return jnp.sum(marked.astype(jnp.float32), keepdims=keepdims).astype(jnp.int32)
 
 
 def _ordered_bits(x: Float[Array, "X C"]) -> Int[Array, "X C"]:

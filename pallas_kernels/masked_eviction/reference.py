@@ -106,8 +106,8 @@ def select_flat(
         inplace=False,
         mode="drop",
     ).reshape(batch, -1)
-    entry = jnp.where(mask, jnp.cumsum(mask, axis=-1) - 1, capacity)
-    source = jnp.broadcast_to(jnp.arange(heads * columns), mask.shape)
+    entry = jnp.where(mask, jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, capacity)
+    source = jnp.broadcast_to(jnp.arange(heads * columns, dtype=jnp.int32), mask.shape)
     empty = jnp.full((batch, capacity), -1, jnp.int32)
     flat = jnp.put_along_axis(empty, entry, source, axis=-1, inplace=False, mode="drop")[:, None]
     return jnp.where(flat >= 0, flat // columns, -1), jnp.where(flat >= 0, flat % columns, -1)

@@ -59,7 +59,7 @@ class Ablation(WindowPolicy):
         received = layer.once(  # the same for all budgets
             (self.name, self.window, past),
             lambda: layer.window_scores(
-                self.window, jnp.ones(self.window), kind="attention", past=past
+                self.window, jnp.ones(self.window, jnp.float32), kind="attention", past=past
             ),
         )
         length = jnp.linalg.norm(layer.v[:, :, :past].astype(jnp.float32), axis=-1)

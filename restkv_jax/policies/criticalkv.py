@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.masked_eviction import select_slots
+from restkv_jax.budget import part
 from restkv_jax.layer import LayerInputs
 from restkv_jax.policies.base import require
 from restkv_jax.policies.snapkv import SnapKV
@@ -61,7 +62,7 @@ class CriticalKV(SnapKV):
             raise ValueError("w_o: criticalkv needs the output projection")
         scores = SnapKV.importance(self, layer, capacity, budget)
         past_budget = jnp.maximum(budget - self.protected, 0)
-        first = jnp.floor(self.first_stage * past_budget).astype(budget.dtype)
+        first = jnp.floor(part(past_budget, self.first_stage)).astype(budget.dtype)
         protected = jnp.minimum(budget, self.protected)
         capacity = min(capacity, layer.columns)
         chosen = select_slots(scores, capacity=capacity, budget=protected + first)

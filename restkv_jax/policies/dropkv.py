@@ -25,7 +25,7 @@ class DropKV(WindowPolicy):
         del capacity, budget
         return layer.window_scores(
             self.window,
-            jnp.ones(self.window),
+            jnp.ones(self.window, jnp.float32),
             kind="per_query",
             past=self.past_columns(layer),
             factor=layer.distance_factor(project=False),

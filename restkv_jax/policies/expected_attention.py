@@ -89,6 +89,7 @@ class ExpectedAttention(TokenPolicy):
         # The last query always counts, however short the row.
         start = jnp.minimum(self.sinks, layer.lengths[:, None] - 1)
         counted = layer.query_positions(q.shape[2]) >= jnp.maximum(start, 0)
+        counted = counted.astype(jnp.float32)
         share = counted / jnp.maximum(jnp.sum(counted, axis=-1, keepdims=True), 1)
         mean = jnp.einsum("bnqh,bq->bnh", q, share)
         spread = (q - mean[:, :, None]) * jnp.sqrt(share)[:, None, :, None]

@@ -25,13 +25,13 @@ class Full(Policy):
         """Every token is pinned."""
         del capacity, budget
         shape = (layer.k.shape[0], layer.k.shape[1], layer.columns)
-        return jnp.broadcast_to(jnp.where(layer.valid, jnp.inf, -jnp.inf), shape)
+        return jnp.broadcast_to(jnp.where(layer.valid, jnp.float32(jnp.inf), -jnp.inf), shape)
 
     def select(
         self, layer: LayerInputs, capacity: int, budget: Int[Array, " B"]
     ) -> Int[Array, "B K C"]:
         """The valid columns, moved to the front: nothing to sort."""
         del budget
-        columns = layer.columns - layer.filled[..., None] + jnp.arange(capacity)
+        columns = layer.columns - layer.filled[..., None] + jnp.arange(capacity, dtype=jnp.int32)
         columns = jnp.where(columns < layer.columns, columns, -1)
         return jnp.broadcast_to(columns, (*layer.k.shape[:2], capacity))

@@ -66,7 +66,7 @@ class LaCache(Policy):
                 the sinks, one slot a layer and one block.
         """
         filled = layer.filled[:, 0]  # the ladder is the same for all heads
-        order = jnp.arange(layer.columns) - (layer.columns - filled[:, None])
+        order = jnp.arange(layer.columns, dtype=jnp.int32) - (layer.columns - filled[:, None])
         kept = order >= 0
         if capacity < layer.columns:
             before, after = self.block_sizes(layer.num_layers)
@@ -79,7 +79,7 @@ class LaCache(Policy):
             marked = jax.vmap(_mark, in_axes=(0, None))(positions, layer.columns)
             # Entry i of a row sits at column i + T - length: the marks move right with the row.
             kept &= jnp.take_along_axis(marked, jnp.maximum(order, 0), axis=1)
-        pinned = jnp.where(kept, jnp.inf, -jnp.inf)[:, None]
+        pinned = jnp.where(kept, jnp.float32(jnp.inf), -jnp.inf)[:, None]
         return jnp.broadcast_to(pinned, (*layer.k.shape[:2], layer.columns))
 
     def block_sizes(self, num_layers: int) -> tuple[int, int]:
@@ -115,7 +115,7 @@ class LaCache(Policy):
         longer = before + (times - 1) * (before - 1)
         second = _ceil_div(left, longer - after)
 
-        slot = jnp.arange(capacity)
+        slot = jnp.arange(capacity, dtype=jnp.int32)
         inner = _climb(slot, self.sinks, index, second, longer, after, times)
         outer = _climb(inner, self.sinks, index, first, before, after, 1)
         # The last of the longer blocks may reach past the end, and then nothing stays behind it.

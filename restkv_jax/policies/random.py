@@ -30,10 +30,11 @@ class Random(TokenPolicy):
         key = jax.random.fold_in(jax.random.key(self.seed), layer.index)
         shape = (*layer.k.shape[:2], layer.columns)
         positions = jnp.broadcast_to(jnp.maximum(layer.positions, 0), shape)
-        heads = layer.first_kv_head + jnp.arange(shape[1])
+        heads = layer.first_kv_head + jnp.arange(shape[1], dtype=jnp.int32)
         heads = jnp.broadcast_to(heads[:, None], shape)
 
         def draw(position: Array, head: Array) -> Array:
-            return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, position), head))
+            own = jax.random.fold_in(jax.random.fold_in(key, position), head)
+            return jax.random.uniform(own, dtype=jnp.float32)
 
         return jax.vmap(draw)(positions.ravel(), heads.ravel()).reshape(shape)

@@ -46,7 +46,7 @@ class SnapKV(WindowPolicy):
     ) -> Float[Array, "B N P"]:
         """Σ_t A_t[n], or max_t, pooled."""
         del capacity, budget
-        rows = jnp.ones(self.window) if self.aggregate == "sum" else None
+        rows = jnp.ones(self.window, jnp.float32) if self.aggregate == "sum" else None
         scores = layer.window_scores(
             self.window, rows, kind="attention", past=self.past_columns(layer)
         )

@@ -53,8 +53,8 @@ class Streaming(Policy):
     ) -> Int[Array, "B K C"]:
         """The same set as by `importance`, in closed form."""
         kept = jnp.minimum(budget[:, None], layer.filled)[..., None]
-        slot = jnp.arange(capacity)
+        slot = jnp.arange(capacity, dtype=jnp.int32)
         first = layer.columns - layer.filled[..., None]
         columns = jnp.where(slot < self.sinks, first + slot, layer.columns - kept + slot)
-        columns = jnp.where(slot < kept, columns, -1)
+        columns = jnp.where(slot < kept, columns, -1).astype(jnp.int32)
         return jnp.broadcast_to(columns, (*layer.k.shape[:2], capacity))

@@ -29,5 +29,6 @@ class TOVA(TokenPolicy):
 
     def token_scores(self, layer: LayerInputs) -> Float[Array, "B 1 T"]:
         """mean_h A_h[last query]."""
-        last = layer.window_scores(1, jnp.ones(1), kind="attention", past=layer.columns)
+        one = jnp.ones(1, jnp.float32)
+        last = layer.window_scores(1, one, kind="attention", past=layer.columns)
         return layer.mean_over_heads(last)

@@ -25,7 +25,7 @@ def rotary(size: int) -> tuple[float, ...]:
 
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     half = x.shape[-1] // 2
-    rates = jnp.asarray(rotary(x.shape[-1]))
+    rates = jnp.asarray(rotary(x.shape[-1]), jnp.float32)
     angle = jnp.maximum(positions, 0)[:, :, None, None] * rates[None, None, None]
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate(
