@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.window_scores import (
@@ -85,14 +86,19 @@ class LayerInputs:
 
     def __post_init__(self) -> None:
         """Starts the memory of `once`, which is no part of the value."""
-        object.__setattr__(self, "_made", {})
+        object.__setattr__(self, "_memory", (None, {}))
 
     def once(self, key: Hashable, make: Callable[[], Result]) -> Result:
         """What `make` returns, made once however many policies and budgets ask for it.
 
-        XLA merges equal operations, but not equal loops.
+        XLA merges equal operations, but not equal loops. What was made inside of a `jit`, `vmap`
+        or loop means nothing outside, so another trace starts anew.
         """
-        made: dict[Hashable, Result] = self._made  # type: ignore[attr-defined]
+        now = get_opaque_trace_state()
+        trace, made = self._memory  # type: ignore[attr-defined]
+        if trace != now:
+            made = {}
+            object.__setattr__(self, "_memory", (now, made))
         if key not in made:
             made[key] = make()
         return made[key]

@@ -16,6 +16,10 @@ The rules:
   heads out to a multiple of the devices (`AdaKV(lists=...)`). They compete within their list, on
   one device as on many, and nothing is exchanged. One list over several devices is refused: their
   shares of it would be unequal, and not known before the scores are.
+
+Rows may also be split by a `jax.shard_map` of one's own, with `prefill`, `decode_chunk` and the
+others called inside of it. It has to say `check_vma=False`: loops here start from constants, which
+that check takes for arrays that are equal on all devices, and refuses by a TypeError about a carry.
 """
 
 from __future__ import annotations
@@ -154,8 +158,7 @@ class MeshRules:
         return self._map(local, specs, self.spec("batch", "kv_heads"))(layer, *rows)
 
     def _map(self, compute: Callable[..., Any], inputs: object, outputs: object) -> Any:
-        # What is on all devices of an axis is not checked to be equal: the loops inside start
-        # from constants, which that check takes for such arrays.
+        # What is on all devices of an axis is not checked to be equal, see the module's text.
         return jax.shard_map(
             compute, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False
         )

@@ -60,7 +60,7 @@ def attention_drift(
     position of the older half's sets less that of the newer half's.
 
     Args:
-        weights: window attention over all T columns.
+        weights: window attention over all T columns, of two queries at least.
         counts: positions in each row's sets, from 1 to T.
     """
     columns, half = weights.shape[-1], weights.shape[2] // 2

@@ -38,7 +38,8 @@ class RestKV(WindowPolicy):
         tau: exponent of the distance, form "after" only.
         relative: divide by the norm of the output, form "before" only.
         project: measure distances after the output projection W_O.
-        spatial: "adaptive", "avgpool", "maxpool" or "none".
+        spatial: "adaptive", "avgpool", "maxpool" or "none". "adaptive" compares the older half of
+            the window with the newer one, and so needs two queries.
         kernel: pooling width, odd; the least width of the adaptive window.
         scale: positions of drift that widen the adaptive window by two.
         carry_over: while decoding, the moving average goes on from the last eviction's instead of
@@ -92,6 +93,8 @@ class RestKV(WindowPolicy):
         kinds = ("ema", "mean", "inverse_ema", "last", "max")
         require_choice("temporal", self.temporal, kinds)
         require_choice("spatial", self.spatial, ("adaptive", "avgpool", "maxpool", "none"))
+        enough = self.window >= 2 or self.spatial != "adaptive"
+        require(enough, "window", 'at least 2 with spatial "adaptive"', self.window)
         require(0.0 < self.alpha <= 1.0, "alpha", "a number within (0, 1]", self.alpha)
         require(self.tau > 0.0, "tau", "a positive number", self.tau)
         require(self.kernel >= 1 and self.kernel % 2 == 1, "kernel", "an odd number", self.kernel)

@@ -24,6 +24,8 @@ from restkv_jax.decode import (
     layer_inputs,
     pad_prompts,
     prefill,
+    score,
+    select,
 )
 from tests.restkv_jax import tiny
 from tests.restkv_jax.jaxprs import counts
@@ -115,3 +117,48 @@ def test_policies_share_the_attention_of_the_window(model, batch):
     alone = exponentials(SnapKV(window=W))
     assert exponentials(SnapKV(window=W), RestKV(window=W), CAOTE(window=W)) == alone
     assert exponentials(SnapKV(window=W), SnapKV(window=W + 1)) > alone
+
+
+BUDGETS_BY_ROW = jnp.asarray([[9, 9], [12, 12]])
+TRACES = {
+    "jit": lambda policy, layer: jax.jit(lambda: score(policy, layer, capacity=12))(),
+    "loop": lambda policy, layer: jax.lax.map(lambda b: kept(policy, layer, b), BUDGETS_BY_ROW),
+    "jit in jit": lambda policy, layer: jax.jit(
+        lambda: (TRACES["jit"](policy, layer), TRACES["loop"](policy, layer))
+    )(),
+}
+
+
+def kept(policy, layer, budget):
+    return select(policy, layer, capacity=12, budget=budget)
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    r = np.random.default_rng(1)
+    shapes = (2, 4, 40, 8), (2, 2, 40, 8), (2, 2, 40, 8), (4, 8, 24)
+    return [jnp.asarray(r.standard_normal(shape, np.float32)) for shape in shapes]
+
+
+@pytest.mark.parametrize("policy", [SnapKV(window=W), TOVA()], ids=repr)
+@pytest.mark.parametrize("trace", TRACES)
+def test_what_a_trace_made_stays_in_it(arrays, policy, trace):
+    """Inputs that several programs close over: none of them is given what another one made."""
+    expected = kept(policy, layer_inputs(*arrays), None)
+    layer = layer_inputs(*arrays)
+    TRACES[trace](policy, layer)
+    np.testing.assert_array_equal(kept(policy, layer, None), expected)
+    np.testing.assert_array_equal(jax.jit(lambda: kept(policy, layer, None))(), expected)
+
+
+def test_what_one_trace_made_is_made_once_in_it(arrays):
+    """Also of inputs that come from outside, and that another program has used before."""
+    layer = layer_inputs(*arrays)
+
+    def exponentials(budgets):
+        program = jax.make_jaxpr(lambda: [kept(SnapKV(window=W), layer, b) for b in budgets])()
+        return counts(program.jaxpr)["exp"]
+
+    one = exponentials(BUDGETS_BY_ROW[:1])
+    assert one > 0
+    assert exponentials(BUDGETS_BY_ROW) == one

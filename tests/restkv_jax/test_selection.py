@@ -291,6 +291,17 @@ def test_lengths_around_window_and_budget(policy, length):
     assert (kept == min(length, 12)).all()
 
 
+def test_one_query_scores_where_no_drift_is_asked_for():
+    """Its attention alone is what all temporal averages come to."""
+    layer = layer_inputs(*arrays(30))
+    temporal = [RestKV(window=1, spatial="none", temporal=kind) for kind in ("ema", "mean", "last")]
+    first, *others = (np.asarray(score(policy, layer, capacity=9)) for policy in temporal)
+    assert np.isfinite(first[..., :-1]).all()
+    assert (first[..., :-1] > 0).all()
+    for other in others:
+        np.testing.assert_allclose(other, first, rtol=1e-5)
+
+
 def test_ratio_budgets_follow_each_rows_own_length():
     plan = CachePlan(policy=SnapKV(window=W), budget=0.25)
     assert plan.prompt_slots(96) == 24
@@ -308,6 +319,8 @@ def test_ratio_budgets_follow_each_rows_own_length():
         (lambda: RestKV(granularity="layer"), "granularity"),
         (lambda: RestKV(form="during"), "form"),
         (lambda: RestKV(form="before", tau=2.0), "tau"),
+        (lambda: RestKV(window=1), "window"),
+        (lambda: Ablation(window=1), "window"),
         (lambda: RestKV(relative=True), "relative"),
         (lambda: RestKV(scale=0.0), "scale"),
         (lambda: Streaming(sinks=-1), "sinks"),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 from restkv_jax.decode import (
     H2O,
@@ -333,6 +333,33 @@ def test_scores_of_a_layer_on_shards():
     expected = jax.jit(scores)(inputs, budget)
     assert found.sharding.is_equivalent_to(rules.sharding("batch", "kv_heads"), 3)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_shard_map_of_the_callers_own():
+    """Over rows, without the check that loops do not pass: what one device says."""
+    model = network()
+    policy = RestKV(window=W)
+    plan = CachePlan(policy=policy, budget=BUDGET, decode_budget=BUDGET, evict_every=4)
+
+    def run(model, tokens, valid):
+        logits, (cache,) = prefill(model, tokens, valid, plans=(plan,))
+        rows = len(tokens)
+        state = init_decode(logits, cache, row_keys(0, rows), jnp.full(rows, 9), NO_STOP)
+        return logits, decode_chunk(model, state, NO_STOP, steps=6)[1]
+
+    mesh, by_row = jax.make_mesh((4,), ("rows",), (AxisType.Auto,)), PartitionSpec("rows")
+    on_devices = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), by_row, by_row),
+        out_specs=by_row,
+        check_vma=False,
+    )
+    logits, tokens = jax.jit(run)(model, TOKENS, VALID)
+    ours, said = jax.jit(on_devices)(model, TOKENS, VALID)
+    assert len(said.sharding.device_set) == 4
+    np.testing.assert_allclose(ours, logits, atol=ATOL)
+    np.testing.assert_array_equal(said, tokens)
 
 
 def test_fewer_heads_than_devices_or_rows_that_do_not_split_are_refused():
