@@ -267,7 +267,7 @@ def test_the_drift_is_the_same_one_group_of_heads_at_a_time(monkeypatch):
     layer = layer_inputs(3 * q, k, v, w_o, lengths=jnp.asarray([30, 17]))
     counts = jnp.asarray([9, 5])
     expected = attention_drift(layer.window_weights(W), counts)
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
     ours = layer.of_window_weights(W, lambda weights: attention_drift(weights, counts))
     assert np.abs(np.asarray(expected)).max() > 1.0
     np.testing.assert_allclose(ours, expected, atol=1e-5)
