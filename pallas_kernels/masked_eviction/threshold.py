@@ -99,8 +99,8 @@ def by_digits(
 ) -> tuple[Int[Array, "*B"], Bool[Array, "*B"]]:
     """See `search_thresholds`; eight passes count for the 15 values of the next four bits each.
 
-    How many there are is known, so that the host of a GPU waits for none of them; counts of one
-    pass are sums of the same array, which XLA takes in one.
+    How many there are is known, so that the host of a GPU waits for none of them. XLA reads the
+    rows twice for the 15 counts of a pass.
     """
     unsigned = bits.astype(jnp.uint32)  # in which 15 << 28 is a number, though none of theirs
 
