@@ -1,8 +1,12 @@
-"""Attention of one new token over the cache's slots, in plain XLA."""
+"""Attention of one new token over the cache's slots, in plain XLA.
+
+Float32 is multiplied as float32, which TPUs and GPUs would round to bfloat16 and TF32 by default.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -96,9 +100,10 @@ def decode_attention_xla(
     cache_heads, group = k.shape[1], heads // k.shape[1]
     seen = visible(positions, query[:, None], owners, window=window, sets=sets, group=group)
     grouped = q.reshape(batch, cache_heads, group, size)  # [B, J, G, H]
-    logits = scale * jnp.einsum(
-        "bjgh,bjsh->bjgs", grouped, _numbers(k, q), preferred_element_type=jnp.float32
+    product = functools.partial(
+        jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
+    logits = scale * product("bjgh,bjsh->bjgs", grouped, _numbers(k, q))
     if isinstance(k, QuantArray):
         logits *= k.scale[:, :, None]
     if softcap is not None:
@@ -107,9 +112,7 @@ def decode_attention_xla(
     numerators, total = softmax(logits)
     values = _numbers(v, q)
     scaled = numerators * v.scale[:, :, None] if isinstance(v, QuantArray) else numerators
-    out = jnp.einsum(
-        "bjgs,bjsh->bjgh", scaled.astype(values.dtype), values, preferred_element_type=jnp.float32
-    )
+    out = product("bjgs,bjsh->bjgh", scaled.astype(values.dtype), values)
     out = (out / total).reshape(q.shape).astype(q.dtype)
     shares = (numerators / total).reshape(batch, heads, -1) if weights else None
     return out, shares, written
