@@ -154,7 +154,8 @@ def window_attention(
     peak = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights / jnp.where(total == 0.0, 1.0, total)
+    # Written once: without the barrier each of their readers divides them, and writes its own.
+    return jax.lax.optimization_barrier(weights / jnp.where(total == 0.0, 1.0, total))
 
 
 def window_outputs(
@@ -296,7 +297,8 @@ def _product(x: Float[Array, "*B M R"], y: Float[Array, "*B R C"]) -> Float[Arra
 
 
 def _norm(x: Float[Array, "*B R"]) -> Float[Array, "*B"]:
-    return _root(jnp.sum(jnp.square(x), axis=-1))
+    # A product with ones: on CPU a sum over the last axis takes longer.
+    return _root(_product(jnp.square(x), jnp.ones(x.shape[-1], x.dtype)))
 
 
 def _root(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
