@@ -26,7 +26,7 @@ from restkv_jax.decode import (
     save_cache,
     shard,
 )
-from tests.restkv_jax.test_sharding import ATOL, TOKENS, VALID, assert_placed, network, on
+from tests.restkv_jax.eight_devices import ATOL, TOKENS, VALID, assert_placed, network, on
 
 NO_STOP, SAMPLING = jnp.asarray([-1]), Sampling(temperature=0.8, top_k=20)
 MESHES = [None, (2, 4), (4, 2)]

@@ -1,0 +1,130 @@
+"""What is split over devices and how: tables of axes, units of work, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from restkv_jax.decode import (
+    CachePlan,
+    CriticalKV,
+    MeshRules,
+    RestKV,
+    decode_chunk,
+    init_cache,
+    init_decode,
+    prefill,
+    row_keys,
+    score,
+    shard,
+    with_output_factors,
+)
+from tests.restkv_jax import tiny
+from tests.restkv_jax.eight_devices import (
+    ATOL,
+    BUDGET,
+    COLUMNS,
+    NO_STOP,
+    PLANS,
+    ROWS,
+    TOKENS,
+    VALID,
+    W,
+    network,
+    on,
+    random_layer,
+)
+
+
+def test_scores_of_a_layer_on_shards():
+    """Budgets by row go along; the result is split by rows and heads."""
+    inputs, rules = random_layer(np.random.default_rng(3)), MeshRules.over(data=4, model=2)
+    budget = jnp.arange(8, 16)
+
+    def scores(inputs, budget):
+        return score(CriticalKV(window=W), inputs, capacity=16, budget=budget)
+
+    found = jax.jit(functools.partial(rules.on_shards, scores))(inputs, budget)
+    expected = jax.jit(scores)(inputs, budget)
+    assert found.sharding.is_equivalent_to(rules.sharding("batch", "kv_heads"), 3)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_shard_map_of_the_callers_own():
+    """Over rows, without the check that loops do not pass: what one device says."""
+    model = network()
+    policy = RestKV(window=W)
+    plan = CachePlan(policy=policy, budget=BUDGET, decode_budget=BUDGET, evict_every=4)
+
+    def run(model, tokens, valid):
+        logits, (cache,) = prefill(model, tokens, valid, plans=(plan,))
+        rows = len(tokens)
+        state = init_decode(logits, cache, row_keys(0, rows), jnp.full(rows, 9), NO_STOP)
+        return logits, decode_chunk(model, state, NO_STOP, steps=6)[1]
+
+    mesh, by_row = jax.make_mesh((4,), ("rows",), (AxisType.Auto,)), PartitionSpec("rows")
+    on_devices = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), by_row, by_row),
+        out_specs=by_row,
+        check_vma=False,
+    )
+    logits, tokens = jax.jit(run)(model, TOKENS, VALID)
+    ours, said = jax.jit(on_devices)(model, TOKENS, VALID)
+    assert len(said.sharding.device_set) == 4
+    np.testing.assert_allclose(ours, logits, atol=ATOL)
+    np.testing.assert_array_equal(said, tokens)
+
+
+def test_fewer_heads_than_devices_or_rows_that_do_not_split_are_refused():
+    model = network()
+    with pytest.raises(ValueError, match="4 key/value heads cannot be split over 8 devices"):
+        shard(model, MeshRules.over(data=1, model=8))
+    with pytest.raises(ValueError, match="3 rows cannot be split over 2 devices of axis 'data'"):
+        prefill(on((2, 4), model), TOKENS[:3], VALID[:3], plans=(PLANS["full"],))
+    with pytest.raises(ValueError, match="not sharded yet"):
+        with_output_factors(on((2, 4), model))
+
+
+def test_tables_that_do_not_fit_the_mesh_are_refused():
+    with pytest.raises(ValueError, match="4 x 4, but 8 devices"):
+        MeshRules.over(data=4, model=4)
+    mesh = MeshRules.over(data=2, model=4).mesh
+    with pytest.raises(ValueError, match="'batch' is split over 'rows'"):
+        MeshRules(mesh, (("batch", "rows"),))
+    with pytest.raises(ValueError, match="on the same mesh axis"):
+        MeshRules(mesh, (("batch", "data"), ("kv_heads", "model")))
+    with pytest.raises(ValueError, match="on different mesh axes"):
+        MeshRules(mesh, (("batch", "data"), ("kv_heads", "data"), ("query_heads", "data")))
+    explicit = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Explicit,) * 2)
+    with pytest.raises(ValueError, match="expected axes of type Auto"):
+        MeshRules(explicit)
+
+
+def test_a_cache_is_placed_from_its_shapes():
+    """Before anything is allocated: memory by device follows from the table."""
+    rules = MeshRules.over(data=2, model=4)
+    make = functools.partial(
+        init_cache,
+        tiny.with_windows(network(), (None, 9)).layer_specs,
+        CachePlan(
+            policy=RestKV(window=W, carry_over=True, granularity="query_head"),
+            budget=12,
+            decode_budget=10,
+            storage="int8",
+        ),
+        batch=ROWS,
+        prompt_columns=COLUMNS,
+        dtype=jnp.float32,
+    )
+    placed = jax.jit(make, out_shardings=rules.shardings(jax.eval_shape(make)))()
+    for stack in placed.stacks:
+        batch, heads, *rest = stack.k.values.shape
+        assert stack.k.values.addressable_shards[0].data.shape == (batch // 2, heads // 4, *rest)
+        assert stack.used.addressable_shards[0].data.shape == (1, batch // 2)
