@@ -76,8 +76,7 @@ def window_scores(
     more rows than one program holds, programs side by side load the same keys.
 
     In the aggregated form the kernels take the key that may hold more than half of the average
-    among those that lead a row, which is exact as long as the rows that see something have all
-    the weight; keys are scored alike otherwise, by the equation as it stands.
+    among those that lead a row, as any such key does lead one.
 
     Args:
         q: the window's queries.

@@ -19,12 +19,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.window_scores.arithmetic import (
+    FLOAT32,
+    at_least_tiny,
+    divided,
+    norm,
+    product,
+    root,
+)
 from pallas_kernels.window_scores.form import ScoreForm
-
-# The smallest normal float32: below it a sum of weights counts as nothing at all.
-_TINY = float(jnp.finfo(jnp.float32).tiny)
-# Of products of float32; those of bfloat16 are exact in any case.
-_FLOAT32 = jax.lax.Precision.HIGHEST
 
 
 def window_scores(
@@ -40,8 +43,8 @@ def window_scores(
     form: ScoreForm,
 ) -> Float[Array, "B N P"]:
     """See the public function; `weights` spares the attention, if it is at hand."""
+    seen = window_visible(query_positions, key_positions, form.sliding_window)
     if weights is None:
-        seen = window_visible(query_positions, key_positions, form.sliding_window)
         weights = window_attention(q, k, seen, scale=form.scale, softcap=form.softcap)
     if form.kind == "attention":
         past = weights[..., : form.past]
@@ -60,8 +63,15 @@ def window_scores(
         )
     assert row_weights is not None
     averaged = over_queries(weights, row_weights)
-    window = weights.shape[-1] - form.past
-    return aggregated_reconstruction(averaged, v, factor, window=window, tau=form.tau)
+    blind = jnp.sum(jnp.where(jnp.any(seen, axis=-1), 0.0, row_weights), axis=-1)
+    return aggregated_reconstruction(
+        averaged,
+        v,
+        factor,
+        window=weights.shape[-1] - form.past,
+        tau=form.tau,
+        missing=jnp.repeat(blind, q.shape[1] // blind.shape[1], axis=1),
+    )
 
 
 def over_queries(
@@ -73,7 +83,7 @@ def over_queries(
     transposes x.
     """
     rows = jnp.broadcast_to(row_weights, (*x.shape[:-2], 1, x.shape[-2]))
-    return jnp.matmul(rows, x, precision=_FLOAT32)[..., 0, :]
+    return jnp.matmul(rows, x, precision=FLOAT32)[..., 0, :]
 
 
 def window_visible(
@@ -131,7 +141,7 @@ def window_logits(
     batch, heads, window, size = q.shape
     grouped = q.reshape(batch, k.shape[1], -1, window, size)
     logits = scale * jnp.einsum(
-        "bkgwh,bkth->bkgwt", grouped, k, precision=_FLOAT32, preferred_element_type=jnp.float32
+        "bkgwh,bkth->bkgwt", grouped, k, precision=FLOAT32, preferred_element_type=jnp.float32
     )
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
@@ -165,7 +175,7 @@ def window_outputs(
     batch, heads, *rows, keys = weights.shape
     grouped = weights.reshape(batch, v.shape[1], -1, keys)
     out = jnp.einsum(
-        "bkrt,bkth->bkrh", grouped, v, precision=_FLOAT32, preferred_element_type=jnp.float32
+        "bkrt,bkth->bkrh", grouped, v, precision=FLOAT32, preferred_element_type=jnp.float32
     )
     return out.reshape(batch, heads, *rows, v.shape[-1])
 
@@ -177,6 +187,7 @@ def aggregated_reconstruction(
     *,
     window: int,
     tau: float = 1.0,
+    missing: float | Float[Array, "B N"] = 0.0,
 ) -> Float[Array, "B N P"]:
     """Odds times distance of weights that were averaged over the window first (released form).
 
@@ -190,6 +201,7 @@ def aggregated_reconstruction(
         factor: see `output_factor`.
         window: W, how many of the last keys are not scored.
         tau: τ.
+        missing: 1 - Σ ā: what queries that see nothing weigh in the average.
 
     Returns:
         I of the P past keys, finite for any weights.
@@ -197,18 +209,19 @@ def aggregated_reconstruction(
     columns = weights.shape[-1]
     past = columns - window
     dominant = jax.nn.one_hot(jnp.argmax(weights[..., :past], -1), columns, dtype=bool)
-    remaining = jnp.sum(jnp.where(dominant, 0.0, weights), axis=-1)  # 1 - ā of the dominant key
+    others = jnp.sum(jnp.where(dominant, 0.0, weights), axis=-1)
+    remaining = missing + others  # 1 - ā of the dominant key
     # From here on the window's own keys weigh nothing. A slice would copy the values.
     weights = jnp.where(jnp.arange(columns) < past, weights, 0.0)
     rest = jnp.where(dominant, 0.0, weights)
     output = window_outputs(weights, v)
     scores = weights / (1.0 - rest) * _distance(output, v, factor) ** tau
 
-    without = window_outputs(_divided(rest, remaining), v)
+    without = window_outputs(divided(rest, remaining), v)
     weight = jnp.sum(jnp.where(dominant, weights, 0.0), axis=-1)
     gap = without - window_outputs(dominant.astype(jnp.float32), v)
-    norm = _norm(jnp.einsum("bnh,nhr->bnr", gap, factor, precision=_FLOAT32))
-    exact = weight * _at_least_tiny(remaining) ** (tau - 1.0) * norm**tau
+    distance = norm(jnp.einsum("bnh,nhr->bnr", gap, factor, precision=FLOAT32))
+    exact = weight * at_least_tiny(remaining) ** (tau - 1.0) * distance**tau
     return jnp.where(dominant, exact[..., None], scores)[..., :past]
 
 
@@ -245,17 +258,17 @@ def per_query_reconstruction(
 
     def head(args: tuple[Array, Array, Array]) -> Array:
         a, r, kv_head = args  # [B, W, T], [H, R], []
-        values = _product(jnp.take(v, kv_head, axis=1).astype(jnp.float32), r)  # [B, T, R]
+        values = product(jnp.take(v, kv_head, axis=1).astype(jnp.float32), r)  # [B, T, R]
         dominant = jax.nn.one_hot(jnp.argmax(a, -1), a.shape[-1], dtype=bool)
         rest = jnp.where(dominant, 0.0, a)
-        output = _product(a, values)
+        output = product(a, values)
         error = a / (1.0 - jnp.where(dominant, 0.0, a)) * _pairwise_distance(output, values)
-        without = _product(_divided(rest, jnp.sum(rest, axis=-1)), values)
-        gap = without - _product(dominant.astype(jnp.float32), values)
+        without = product(divided(rest, jnp.sum(rest, axis=-1)), values)
+        gap = without - product(dominant.astype(jnp.float32), values)
         peak = jnp.max(a, axis=-1, keepdims=True)
-        error = jnp.where(dominant, peak * _norm(gap)[..., None], error)
+        error = jnp.where(dominant, peak * norm(gap)[..., None], error)
         if relative:
-            error = jnp.where(peak > 0.0, error / _at_least_tiny(_norm(output))[..., None], 0.0)
+            error = jnp.where(peak > 0.0, error / at_least_tiny(norm(output))[..., None], 0.0)
         error = error[..., :past] ** power
         if row_weights is None:
             return jnp.max(error, axis=1)
@@ -274,7 +287,7 @@ def _distance(
 
     def head(args: tuple[Array, Array, Array]) -> Array:
         o, r, kv_head = args
-        return _norm(_product(o[:, None] - jnp.take(v, kv_head, axis=1), r))
+        return norm(product(o[:, None] - jnp.take(v, kv_head, axis=1), r))
 
     kv_heads = jnp.arange(output.shape[1]) // group
     return jnp.moveaxis(jax.lax.map(head, (jnp.moveaxis(output, 1, 0), factor, kv_heads)), 0, 1)
@@ -289,34 +302,4 @@ def _pairwise_distance(x: Float[Array, "B W R"], y: Float[Array, "B T R"]) -> Fl
         return total + jnp.square(a[:, :, None] - b[:, None, :]), None
 
     zero = jnp.zeros((*x.shape[:2], y.shape[1]), jnp.float32)
-    return _root(jax.lax.scan(add, zero, (x_columns, y_columns), unroll=8)[0])
-
-
-def _product(x: Float[Array, "*B M R"], y: Float[Array, "*B R C"]) -> Float[Array, "*B M C"]:
-    return jnp.matmul(x, y, precision=_FLOAT32)
-
-
-def _norm(x: Float[Array, "*B R"]) -> Float[Array, "*B"]:
-    # A product with ones: on CPU a sum over the last axis takes longer.
-    return _root(_product(jnp.square(x), jnp.ones(x.shape[-1], x.dtype)))
-
-
-def _root(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """√x, whose derivative at 0 is taken for 0."""
-    positive = x > 0.0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
-
-
-def _divided(x: Float[Array, "*B T"], total: Float[Array, "*B"]) -> Float[Array, "*B T"]:
-    """Weights over a sum that holds them; 0 if it is.
-
-    Both are scaled to about 1 before, as the derivative of a quotient divides by a square.
-    """
-    some = (total > _TINY)[..., None]
-    scale = jnp.where(some, jax.lax.stop_gradient(total)[..., None], 1.0)
-    return jnp.where(some, x / scale, 0.0) / jnp.where(some, total[..., None] / scale, 1.0)
-
-
-def _at_least_tiny(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """A divisor; what is below counts as a constant."""
-    return jnp.where(x > _TINY, x, _TINY)
+    return root(jax.lax.scan(add, zero, (x_columns, y_columns), unroll=8)[0])

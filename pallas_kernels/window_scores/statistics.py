@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.window_scores.arithmetic import FLOAT32, TINY
 from pallas_kernels.window_scores.form import ScoreForm
-
-_TINY = float(jnp.finfo(jnp.float32).tiny)
-_EXACT = jax.lax.Precision.HIGHEST
 
 
 class RowStatistics(NamedTuple):
@@ -78,11 +75,11 @@ def per_query_targets(
     weight = rows.dominant * rows.per_total
     output = weight[..., None] * rows.value + rows.per_total[..., None] * rows.others
     projected = _project(output, factor)
-    without = rows.others / jnp.maximum(rows.rest, _TINY)[..., None]
-    exact = weight * _norm(_project(without - rows.value, factor))
+    without = rows.others / jnp.maximum(rows.rest, TINY)[..., None]
+    exact = weight * jnp.linalg.norm(_project(without - rows.value, factor), axis=-1)
     per_norm = jnp.ones_like(exact)
     if form.relative:
-        per_norm = 1.0 / jnp.maximum(_norm(projected), _TINY)
+        per_norm = 1.0 / jnp.maximum(jnp.linalg.norm(projected, axis=-1), TINY)
     return PassTwo(
         peak=rows.peak,
         per_total=rows.per_total,
@@ -116,7 +113,7 @@ def aggregated_targets(
     by_head = jnp.repeat(key_positions, heads // key_positions.shape[1], axis=1)
     at = jnp.take_along_axis(by_head, columns, axis=2)
     logits = form.scale * jnp.einsum(
-        "bnwh,bnch->bnwc", q, keys, preferred_element_type=jnp.float32, precision=_EXACT
+        "bnwh,bnch->bnwc", q, keys, preferred_element_type=jnp.float32, precision=FLOAT32
     )
     if form.softcap is not None:
         logits = form.softcap * jnp.tanh(logits / form.softcap)
@@ -131,9 +128,8 @@ def aggregated_targets(
     own_weight = (rows.dominant * rows.per_total)[..., None]
     weights = jnp.where(own, own_weight, weights)
     left = jnp.where(own, (rows.rest * rows.per_total)[..., None], 1.0 - weights)
-    left = jnp.where(rows.per_total[..., None] > 0.0, left, 0.0)
 
-    averaged = jnp.einsum("bnwc,w->bnc", weights, row_weights, precision=_EXACT)
+    averaged = jnp.einsum("bnwc,w->bnc", weights, row_weights, precision=FLOAT32)
     averaged = jnp.where(rows.column >= 0, averaged, 0.0)
     best = jnp.argmax(averaged, axis=-1)[..., None]  # [B, N, 1]
     value = jnp.take_along_axis(rows.value, best[..., None], axis=2)  # [B, N, 1, H]
@@ -142,16 +138,16 @@ def aggregated_targets(
     )  # [B, N, W] of the best candidate
 
     def mean(x: Array) -> Array:
-        return jnp.einsum("bnwh,w->bnh", x, row_weights, precision=_EXACT)[:, :, None]
+        return jnp.einsum("bnwh,w->bnh", x, row_weights, precision=FLOAT32)[:, :, None]
 
     dominant = own_weight * rows.value
     others = rows.per_total[..., None] * rows.others
     output = mean(dominant + others)
     # The others' values: those of a row whose dominant key is another contain the best one's.
     without = mean(others + jnp.where(own[..., None], 0.0, dominant - weight[..., None] * value))
-    remaining = jnp.einsum("bnw,w->bn", left, row_weights, precision=_EXACT)[..., None]
-    remaining = jnp.maximum(remaining, _TINY)
-    gap = _norm(_project(without / remaining[..., None] - value, factor))
+    remaining = jnp.einsum("bnw,w->bn", left, row_weights, precision=FLOAT32)[..., None]
+    remaining = jnp.maximum(remaining, TINY)
+    gap = jnp.linalg.norm(_project(without / remaining[..., None] - value, factor), axis=-1)
     held = jnp.take_along_axis(averaged, best, axis=-1)
     return PassTwo(
         peak=rows.peak,
@@ -163,8 +159,4 @@ def aggregated_targets(
 
 
 def _project(x: Float[Array, "B N W H"], factor: Float[Array, "N H R"]) -> Float[Array, "B N W R"]:
-    return jnp.einsum("bnwh,nhr->bnwr", x, factor, precision=_EXACT)
-
-
-def _norm(x: Float[Array, "*B R"]) -> Float[Array, "*B"]:
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=-1))
+    return jnp.einsum("bnwh,nhr->bnwr", x, factor, precision=FLOAT32)

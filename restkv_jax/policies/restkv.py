@@ -128,9 +128,9 @@ class RestKV(WindowPolicy):
         """The averaged attention; entries of the window start anew, as their rows are not full."""
         if not self.carry_over:
             return None
-        averaged = self._averaged(layer, layer.window_weights(self.window))[..., : layer.columns]
+        averaged, _ = self._averaged(layer, layer.window_weights(self.window))
         inside = jnp.arange(layer.columns) >= layer.columns - self.window
-        return jnp.where(inside, -1.0, averaged)
+        return jnp.where(inside, -1.0, averaged[..., : layer.columns])
 
     def past_scores(
         self, layer: LayerInputs, capacity: int, budget: Int[Array, " B"]
@@ -171,25 +171,35 @@ class RestKV(WindowPolicy):
             return layer.window_scores(
                 self.window, rows, kind="aggregated", past=past, factor=factor, tau=tau
             )
+        averaged, missing = self._averaged(layer, weights)
         return aggregated_reconstruction(
-            self._averaged(layer, weights),
+            averaged,
             layer.seen_values,
             factor,
             window=weights.shape[-1] - past,
             tau=tau,
+            missing=missing,
         )
 
     def _averaged(
         self, layer: LayerInputs, weights: Float[Array, "B N W T"]
-    ) -> Float[Array, "B N T"]:
+    ) -> tuple[Float[Array, "B N T"], Float[Array, "B N"]]:
+        """The moving average, and what it lacks of 1.
+
+        Queries before the row's start lack all they weigh, and an average that goes on what it
+        held of keys that are evicted since.
+        """
         assert self.temporal != "max"
         rows = temporal_weights(self.temporal, self.window, self.alpha)
+        before = jnp.where(layer.query_positions(self.window) < 0, rows, 0.0)
         averaged = over_queries(weights, rows)
+        missing = jnp.broadcast_to(jnp.sum(before, axis=-1)[:, None], averaged.shape[:2])
         if not self.carry_over or layer.carried is None:
-            return averaged
+            return averaged, missing
         # acc <- row_0 becomes acc <- alpha · row_0 + (1 - alpha) · carried.
         step = (1.0 - self.alpha) ** self.window * (layer.carried - weights[:, :, 0])
-        return averaged + jnp.where(layer.carried >= 0.0, step, 0.0)
+        step = jnp.where(layer.carried >= 0.0, step, 0.0)
+        return averaged + step, missing - jnp.sum(step, axis=-1)
 
     def _adaptive(
         self,

@@ -121,6 +121,29 @@ def test_a_key_with_nearly_all_weight_keeps_its_score(kind, rest):
     np.testing.assert_allclose(ours, expected, rtol=3e-5)
 
 
+@pytest.mark.parametrize("kernel", [False, True], ids=["reference", "tpu"])
+def test_queries_before_the_start_of_a_prompt_are_part_of_the_average(kernel):
+    """They attend to nothing, so that the average sums to less than 1; 1 - ā is as the equation."""
+    r = np.random.default_rng(4)
+    q, k, v, factor = r.standard_normal((4, 1, 2, 14, SIZE)).astype(np.float32)
+    q, mean = 3 * q[:, :, :4], np.float32([0.1, 0.2, 0.3, 0.4])
+    factor = np.swapaxes(factor[0], 1, 2)  # [N, H, R], R = 14
+    queries, places = np.arange(-1, 3)[None], np.arange(-11, 3)[None, None]
+    form = ScoreForm(kind="aggregated", past=13, scale=1.0)
+    expected = np.zeros((1, 2, 13))
+    for head in range(2):
+        logits = q[0, head, 1:].astype(float) @ k[0, head, 11:].T
+        logits[np.triu_indices(3, 1)] = -np.inf
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        a = mean[1:] @ (weights / weights.sum(-1, keepdims=True))[:, :2]
+        values = v[0, head, 11:13].astype(float)
+        distance = np.linalg.norm((a @ values - values) @ factor[head], axis=-1)
+        expected[0, head, 11:] = a / (1 - a) * distance
+    run = functools.partial(by_tpu, tiling=TILING, interpret=True) if kernel else by_reference
+    args = map(jnp.asarray, (q, k, v, factor, mean, queries, places))
+    np.testing.assert_allclose(run(*args, None, form=form), expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("kind", ["aggregated", "per_query"])
 def test_derivatives(kind):
     """Along a direction, against differences of the equations in float64."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +88,22 @@ def test_aggregated_form_equals_numpy():
         jnp.asarray(averaged[None], jnp.float32), v, output_factor(jnp.asarray(w_o)), window=W
     )
     np.testing.assert_allclose(ours[0], expected, rtol=2e-5, atol=1e-7)
+
+
+def test_a_moving_average_that_goes_on_may_have_lost_keys():
+    """It had weighed keys that are evicted since: it sums to less than 1, 1 - ā is 1 - ā."""
+    q, k, v, w_o = draw(peak=2.0)
+    past = T - W
+    policy = RestKV(window=W, granularity="query_head", spatial="none", carry_over=True)
+    carried = np.full((1, N, T), 0.2 / past, np.float32)  # 0.8 is lost
+    carried[..., past:] = -1.0
+    inputs = dataclasses.replace(layer_inputs(q, k, v, w_o), carried=jnp.asarray(carried))
+    ours = score(policy, inputs, capacity=10)[0, :, :past]
+    for n, weights in enumerate(weights_of(q, k)):
+        rows = weights.copy()
+        rows[0] = 0.3 * rows[0] + 0.7 * np.where(carried[0, n] < 0, rows[0], carried[0, n])
+        expected = oracle.released(rows, v[0, n // 3], w_o[n], 0.3, W)
+        np.testing.assert_allclose(ours[n], expected, rtol=2e-5, atol=1e-7)
 
 
 def one_heavy_key(rest: float, heavy: int):
