@@ -15,7 +15,7 @@ from models.int8_weights import place_int8
 from models.registry import make_network
 from models.weights import Network, Sharding, named_parameters
 from pallas_kernels.quantized import QuantArray
-from restkv_jax.sharding import MeshRules
+from restkv_jax.mesh_rules import MeshRules
 
 # Logical axes of each parameter, [in, out] for projections. Those of norms are on every device.
 _TOP = {

@@ -39,6 +39,7 @@ from restkv_jax.head_budgets import HeadBudgets
 from restkv_jax.joining import form_of, join_rows
 from restkv_jax.layer import LayerInputs, layer_inputs
 from restkv_jax.leave_one_out import leave_one_out, removal_changes
+from restkv_jax.mesh_rules import MeshRules
 from restkv_jax.pieces import prefill_bounded, prefill_chunked
 from restkv_jax.plan import CachePlan, DecodeEviction
 from restkv_jax.policies import (
@@ -65,7 +66,7 @@ from restkv_jax.policies import (
 from restkv_jax.prefill import align_right, prefill
 from restkv_jax.protocols import Attend, CausalLM, LayerSpec, StagedLM
 from restkv_jax.sampling import GREEDY, Sampling, row_keys, sample
-from restkv_jax.sharding import MeshRules, ShardedLM, shard
+from restkv_jax.sharding import ShardedLM, shard
 from restkv_jax.slots import LayerStack
 
 __all__ = [
