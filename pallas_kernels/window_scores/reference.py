@@ -201,7 +201,8 @@ def aggregated_reconstruction(
         factor: see `output_factor`.
         window: W, how many of the last keys are not scored.
         tau: τ.
-        missing: 1 - Σ ā: what queries that see nothing weigh in the average.
+        missing: 1 - Σ ā: what queries that see nothing weigh in the average, and keys that are
+            there no more.
 
     Returns:
         I of the P past keys, finite for any weights.
