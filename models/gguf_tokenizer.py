@@ -13,8 +13,8 @@ from models.chat import ChatTemplate
 from models.errors import CheckpointError
 from models.gguf_file import GGUFStore
 from models.sentencepiece_proto import UNKNOWN, USER_DEFINED, encode_bpe
-from models.tokenizer import Backend, Tokenizer
-from models.tokenizer_backends import SentencePieceBackend, TokenizersBackend
+from models.tokenizer import Tokenizer
+from models.tokenizer_backends import Backend, SentencePieceBackend, TokenizersBackend
 
 _PREFIX = "tokenizer.ggml"
 _CONTROL = 3  # of `token_type`, which has the numbers of sentencepiece

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from models.tokenizer import Backend
+from models.tokenizer_backends import Backend
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # What the bytes of a character that is not whole yet are decoded to, at most.

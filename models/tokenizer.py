@@ -6,45 +6,14 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from models.chat import ChatTemplate
 from models.streaming import TextStream
+from models.tokenizer_backends import Backend
 
 # How the chat formats of the supported models end a turn.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>")
-
-
-class Backend(Protocol):
-    """A tokenisation algorithm with its vocabulary; adds no tokens of its own accord."""
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-        ...
-
-    def encode(self, text: str, *, parse_special: bool) -> list[int]:
-        """Ids of the text; special strings in it become their ids if `parse_special`."""
-        ...
-
-    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
-        """Text of the ids, leaving special ones out if `skip_special`."""
-        ...
-
-    def unsettled(self, ids: Sequence[int], *, skip_special: bool) -> int:
-        """How many of the last ids have a text that ids to come may change.
-
-        Beside up to three U+FFFD at the end, which may become a character.
-        """
-        ...
-
-    def token_id(self, token: str) -> int | None:
-        """Id of one token given by name, or None."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Writes the file that it can be read from again, if it has one."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

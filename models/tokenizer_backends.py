@@ -8,7 +8,7 @@ import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import sentencepiece
 import tokenizers
@@ -16,6 +16,38 @@ import tokenizers
 from models.errors import CheckpointError
 
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+
+
+class Backend(Protocol):
+    """A tokenisation algorithm with its vocabulary; adds no tokens of its own accord."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        ...
+
+    def encode(self, text: str, *, parse_special: bool) -> list[int]:
+        """Ids of the text; special strings in it become their ids if `parse_special`."""
+        ...
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
+        """Text of the ids, leaving special ones out if `skip_special`."""
+        ...
+
+    def unsettled(self, ids: Sequence[int], *, skip_special: bool) -> int:
+        """How many of the last ids have a text that ids to come may change.
+
+        Beside up to three U+FFFD at the end, which may become a character.
+        """
+        ...
+
+    def token_id(self, token: str) -> int | None:
+        """Id of one token given by name, or None."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the file that it can be read from again, if it has one."""
+        ...
 
 
 class TokenizersBackend:
@@ -34,16 +66,16 @@ class TokenizersBackend:
         return max(self._pipeline.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, *, parse_special: bool) -> list[int]:
-        """See `models.tokenizer.Backend`."""
+        """See `Backend`."""
         pipeline = self._pipeline if parse_special else self._literal
         return pipeline.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
-        """See `models.tokenizer.Backend`."""
+        """See `Backend`."""
         return self._pipeline.decode(ids, skip_special_tokens=skip_special)
 
     def unsettled(self, ids: Sequence[int], *, skip_special: bool) -> int:
-        """See `models.tokenizer.Backend`: bytes that follow each other are text or not as one."""
+        """See `Backend`: bytes that follow each other are text or not as one."""
         if not self._falls_back_to_bytes:
             return 0
         last = len(ids)
@@ -55,7 +87,7 @@ class TokenizersBackend:
         return len(ids) - last
 
     def token_id(self, token: str) -> int | None:
-        """See `models.tokenizer.Backend`."""
+        """See `Backend`."""
         return self._pipeline.token_to_id(token)
 
     def save(self, folder: Path) -> None:
@@ -139,7 +171,7 @@ class SentencePieceBackend:
         return max([self._model.vocab_size() - 1, *self._names]) + 1
 
     def encode(self, text: str, *, parse_special: bool) -> list[int]:
-        """See `models.tokenizer.Backend`."""
+        """See `Backend`."""
         if not (parse_special and self._added):
             return self._model.encode(text)
         ids: list[int] = []
@@ -151,7 +183,7 @@ class SentencePieceBackend:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
-        """See `models.tokenizer.Backend`."""
+        """See `Backend`."""
         if skip_special:
             return self._model.decode([i for i in ids if i not in self._skipped])
         text = ""
@@ -165,11 +197,11 @@ class SentencePieceBackend:
         return text + self._model.decode(plain)
 
     def unsettled(self, ids: Sequence[int], *, skip_special: bool) -> int:  # noqa: ARG002
-        """See `models.tokenizer.Backend`: each byte is decoded as soon as its character ends."""
+        """See `Backend`: each byte is decoded as soon as its character ends."""
         return 0
 
     def token_id(self, token: str) -> int | None:
-        """See `models.tokenizer.Backend`."""
+        """See `Backend`."""
         if token in self._added:
             return self._added[token]
         token_id = self._model.piece_to_id(token)
