@@ -24,13 +24,14 @@ class Spec:
         heads: N.
         kv_heads: K.
         window: W.
-        columns: T; all but the last `window` are scored.
+        columns: T; all but the last `recent` are scored.
         head_dim: H.
         by_head: positions by key head, with holes, as a cache has them.
         softcap: see the op.
         sliding_window: see the op.
         maximum: over the queries instead of an average.
         options: further fields of the form.
+        recent: W by default.
         large: too large for a test on CPU.
     """
 
@@ -47,6 +48,7 @@ class Spec:
     sliding_window: int | None = None
     maximum: bool = False
     options: tuple[tuple[str, Any], ...] = ()
+    recent: int | None = None
     large: bool = False
 
     @property
@@ -54,7 +56,7 @@ class Spec:
         """The op's static argument."""
         return ScoreForm(
             kind=self.kind,
-            past=self.columns - self.window,
+            past=self.columns - (self.window if self.recent is None else self.recent),
             scale=self.head_dim**-0.5,
             softcap=self.softcap,
             sliding_window=self.sliding_window,
@@ -124,7 +126,7 @@ class Spec:
 
 
 SPECS: tuple[Spec, ...] = (
-    Spec(name="mha_64", heads=2, kv_heads=2, window=8, columns=300, head_dim=64, batch=2),
+    Spec(name="mha_64", heads=2, kv_heads=2, window=8, columns=300, head_dim=64, batch=2, recent=1),
     Spec(
         name="gqa3_80", heads=6, kv_heads=2, window=20, columns=140, head_dim=80, by_head=True,
         softcap=20.0, options=(("tau", 0.5),),
