@@ -25,7 +25,13 @@ from experiments.lm_eval.report import (
     sort_metrics,
     summarise_sets,
 )
-from experiments.lm_eval.tasks import find_tasks, harness_aggregate, load_tasks, task_folder
+from experiments.lm_eval.tasks import (
+    check_rows,
+    find_tasks,
+    harness_aggregate,
+    load_tasks,
+    task_folder,
+)
 from models import LanguageModel
 from restkv_jax.decode import weights_fingerprint
 
@@ -46,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [name.strip() for name in args.tasks.split(",")]
     manager = find_tasks(names, data)
     tasks = load_tasks(manager, names)
+    check_rows(tasks, args.limit, args.fewshot)
     language_model = load_model(args)
     if args.max_length is not None:
         check_length("--max-length", args.max_length, language_model)

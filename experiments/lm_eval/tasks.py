@@ -76,6 +76,33 @@ def load_tasks(manager: Any, names: Sequence[str]) -> dict[str, Any]:
     return {task: loaded for name in names for task, loaded in _load(manager, name).items()}
 
 
+def check_rows(tasks: Mapping[str, Any], limit: int | None, fewshot: int | None) -> None:
+    """Makes the prompt and the continuations of every row, as the harness does when a run begins.
+
+    Args:
+        tasks: see `load_tasks`.
+        limit: how many rows of each task are wanted; None for all.
+        fewshot: examples before each of them; None for what the task says.
+
+    Raises:
+        UserError: a row, or an example before it, does not fit its task's templates.
+    """
+    for name, task in tasks.items():
+        own = task.config.num_fewshot
+        examples = own if own == 0 or fewshot is None else fewshot
+        for row, doc in task.doc_iterator(limit=limit):
+            try:
+                prefix = task.doc_to_prefix(doc)
+                prompt = task.fewshot_context(doc, num_fewshot=examples or 0, gen_prefix=prefix)
+                task.construct_requests(doc=doc, ctx=prompt, metadata=(name, row, 1))
+            # Templates are anyone's, too, and some are Python.
+            except Exception as error:
+                after = f" after {examples} examples" if examples else ""
+                raise UserError(
+                    f"--tasks {name}: no prompt can be made of row {row}{after}: {_reason(error)}"
+                ) from error
+
+
 def harness_aggregate(tasks: Mapping[str, Any], metric: Metric) -> Aggregate | None:
     """How the harness makes a metric's figure from its rows.
 

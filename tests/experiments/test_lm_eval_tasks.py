@@ -9,7 +9,7 @@ import pytest
 from experiments.core.errors import UserError, run_main
 from experiments.core.harness import read_task
 from experiments.lm_eval.__main__ import main
-from experiments.lm_eval.tasks import find_tasks, load_tasks
+from experiments.lm_eval.tasks import check_rows, find_tasks, load_tasks
 from tests.experiments.test_lm_eval import MODEL
 
 ROW = {"text": "The harbour", "choices": ["a", "b"], "label": 0}
@@ -20,7 +20,13 @@ def folder(tmp_path_factory):
     """A task that can be loaded, others that cannot, a group and a tag with some of those."""
     folder = tmp_path_factory.mktemp("tasks")
     row = json.dumps(ROW) + "\n"
-    for name, text in {"good": row, "broken": row + '{"text": bro\n' + row, "empty": ""}.items():
+    texts = {
+        "good": row,
+        "broken": row + '{"text": bro\n' + row,
+        "empty": "",
+        "late": row * 2 + json.dumps(ROW | {"choices": None}) + "\n",
+    }
+    for name, text in texts.items():
         (folder / f"{name}.jsonl").write_text(text)
 
     def write(name, data, extra=""):
@@ -44,6 +50,8 @@ doc_to_choice: choices
     write("no_rows", "empty")
     write("no_file", "nowhere", "tag: some")
     write("no_option", "good", "doc_to_txt: text")
+    write("late_row", "late", "doc_to_decontamination_query: text")
+    write("late_template", "late", "doc_to_text: '{{text + choices[label]}}'")
     # What another file includes is read along with it, wherever it lies; it is no task by itself.
     (folder / "parts").mkdir()
     (folder / "parts/shared.yaml").write_text("num_fewshot: 0\n")
@@ -76,6 +84,31 @@ def test_what_cannot_be_loaded_is_named(manager, tmp_path, monkeypatch, asked, s
     with pytest.raises(UserError) as caught:
         load_tasks(manager, ["fine", asked])
     assert all(part in str(caught.value) for part in said), caught.value
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "reason"), [("late_row", "TypeError"), ("late_template", "UndefinedError")]
+)
+def test_a_row_that_does_not_fit_its_templates_is_named(
+    manager, tmp_path, monkeypatch, name, reason
+):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tasks = load_tasks(manager, ["fine", name])
+    check_rows(tasks, 2, None)
+    with pytest.raises(UserError, match=rf"--tasks {name}: no prompt .* of row 2: {reason}"):
+        check_rows(tasks, None, None)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_examples_that_cannot_be_made_are_named(manager, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    # Of three rows two are left to draw from, and one of them is the broken one.
+    late = load_tasks(manager, ["late_template"])
+    with pytest.raises(UserError, match=r"of row 0 after 2 examples: UndefinedError"):
+        check_rows(late, 1, 2)
+    with pytest.raises(UserError, match=r"--tasks fine: .* after 2 examples: ValueError"):
+        check_rows(load_tasks(manager, ["fine"]), 1, 2)  # which has one row
 
 
 def test_a_malformed_task_file_is_named(folder, manager, monkeypatch):
