@@ -9,6 +9,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, Int8
 from pallas_kernels.bits import move
 from pallas_kernels.dispatch import with_derivatives_of
 from pallas_kernels.quantized import QuantArray, dequantize, quantize
+from pallas_kernels.varying import vary_like
 
 __all__ = ["lookup", "matmul"]
 
@@ -89,8 +90,9 @@ def _by_levels(x: Array, values: Array, scale: Array) -> Array:
         nothing = jnp.minimum(jnp.any(jnp.isnan(x[:1, :1])).astype(values.dtype), 0)
         return values + nothing
 
-    def now(_: Array, values: Array) -> Array:
-        return values  # products convert them on the way; to add nothing would be to copy them
+    def now(x: Array, values: Array) -> Array:
+        # Products convert them on the way; to add nothing would be to copy them.
+        return vary_like(values, x)
 
     levels = jax.lax.platform_dependent(x, values, cuda=now, default=late).astype(x.dtype)
     return matmul(x, levels, jnp.float32, transposed=True) * scale[None]

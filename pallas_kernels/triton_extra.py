@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
+from pallas_kernels.varying import vary_like
+
 _WITHOUT_GPU = 90
 
 
@@ -92,7 +94,7 @@ def triton_call(
         return tuple(found)
 
     # The custom call has no rule of its own for `vmap`.
-    return tuple(jax.custom_batching.sequential_vmap(call)(*inputs))
+    return vary_like(tuple(jax.custom_batching.sequential_vmap(call)(*inputs)), inputs)
 
 
 def aliased_outputs(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.decode_attention import decode_attention, visible
+from pallas_kernels.varying import vary_like
 from restkv_jax.online_softmax import block_at, online_softmax, whole_blocks
 from restkv_jax.prompt_attention import BLOCK
 from restkv_jax.protocols import LayerSpec
@@ -86,4 +87,5 @@ def slot_weights(
         return total + weights, None
 
     start = jnp.zeros((*q.shape[:2], layer.positions.shape[2]), jnp.float32)
+    start = vary_like(start, q, layer.positions)
     return jax.lax.scan(add, start, (jnp.moveaxis(q, 2, 0), positions.T))[0]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from pallas_kernels import bits
+from pallas_kernels.varying import vary_like
 from restkv_jax.cache import KVCache
 from restkv_jax.feed import feed
 from restkv_jax.protocols import CausalLM
@@ -123,6 +124,7 @@ def decode_chunk(
         drawn = jnp.where(active, state.token, -1), jnp.where(active, state.logprob, 0.0)
         return state, drawn
 
+    state = vary_like(state, state)  # a step mixes its parts
     state, (tokens, logprobs) = bits.scan(step, state, length=steps)
     return state, tokens.T, logprobs.T
 

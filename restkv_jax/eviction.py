@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import bits
 from pallas_kernels.masked_eviction import compact
 from pallas_kernels.quantized import QuantArray, dequantize
+from pallas_kernels.varying import vary_like
 from pallas_kernels.window_scores import output_factor
 from restkv_jax.cache import KVCache
 from restkv_jax.compression import compact_carried, keep
@@ -121,7 +122,7 @@ def _once(needed: Bool[Array, ""], change: Callable[[Tree], Tree], tree: Tree) -
     """
 
     def run(state: tuple[Array, Tree]) -> tuple[Array, Tree]:
-        return jnp.zeros((), bool), change(state[1])
+        return vary_like(jnp.zeros((), bool), state[0]), change(state[1])
 
     return bits.while_loop(lambda state: state[0], run, (needed, tree))[1]
 

@@ -137,7 +137,8 @@ class MeshRules:
     def on_devices(self, compute: Callable[..., Any], inputs: object, outputs: object) -> Any:
         """`compute` on each device's own parts of its arguments.
 
-        What is on all devices of an axis is not checked to be equal, see `restkv_jax.sharding`.
+        Without the check that what is on all devices of an axis is equal, see
+        `restkv_jax.sharding`.
 
         Args:
             compute: of arrays.

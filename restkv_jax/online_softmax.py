@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.quantized import QuantArray, dequantize
+from pallas_kernels.varying import vary_like
 from restkv_jax.protocols import LayerSpec
 
 # The mask between block i of queries and block j of keys, by cache head or by query head; False
@@ -87,6 +88,7 @@ def online_softmax(
             jnp.zeros((*shape, 1), jnp.float32),
             columns,
         )
+        start = vary_like(start, q, k, v)
         out, peak, total, columns = jax.lax.fori_loop(*key_blocks(i), step, start)
         out = (out / jnp.where(total == 0.0, 1.0, total)).astype(q.dtype)
         log_sums = jnp.where(total == 0.0, jnp.inf, peak + jnp.log(total))
@@ -106,6 +108,7 @@ def online_softmax(
             weights=jnp.zeros((*shape, block, key_block), jnp.float32),
             peaks=jnp.zeros((*shape, block, 1), jnp.float32),
         )
+        columns = vary_like(columns, q, k, v)
     numbers = jnp.arange(queries.shape[3], dtype=jnp.int32)
     columns, (out, log_sums) = jax.lax.scan(attend, columns, numbers)
     out = jnp.moveaxis(out, 0, 3).reshape(batch, heads, -1, size)[:, :, :tokens]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.varying import vary_like
 from restkv_jax.cache import KVCache, init_cache
 from restkv_jax.compression import compress
 from restkv_jax.eviction import cache_inputs, in_order
@@ -70,11 +71,13 @@ def prefill_chunked(
         query_rows=min(max(rows, default=0), columns),
         accumulates=any(policy.accumulates for policy in policies),
     )
+    cache = vary_like(cache, pieces)
     hidden, cache = _feed_pieces(model, cache, pieces, evict="before")
     caches = tuple(
         init_cache(specs, plan, batch=tokens.shape[0], prompt_columns=columns, dtype=model.kv_dtype)
         for plan in plans
     )
+    caches = vary_like(caches, pieces)
 
     def keep(
         layer: int | Array, q: Array, w_o: Array | Projection, state: _State
@@ -157,6 +160,7 @@ def prefill_bounded(
         prompt_columns=columns + plan.headroom,
         dtype=model.kv_dtype,
     )
+    cache = vary_like(cache, pieces)
     hidden, cache = _feed_pieces(model, cache, pieces, evict="after")
     cache = dataclasses.replace(cache, eviction=plan.eviction)
     if plan.eviction is None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.varying import vary_like
 from pallas_kernels.window_scores import output_factor
 from restkv_jax.arguments import check_tokens
 from restkv_jax.cache import KVCache, init_cache
@@ -89,6 +90,7 @@ def prefill(
         init_cache(specs, plan, batch=batch, prompt_columns=kept_columns, dtype=model.kv_dtype)
         for plan in plans
     )
+    caches = vary_like(caches, tokens, lengths)
     alike = list(zip(*(plan.alike(kept_columns, len(specs)) for plan in plans), strict=True))
     # Layers whose budgets agree in all plans share one compiled unit of work.
     twins = [alike.index(key) for key in alike] if plans else [0] * len(specs)
@@ -218,7 +220,7 @@ def _attend_and_evict(
     shapes = jax.eval_shape(compute, *arrays)
 
     def nothing(*_: object) -> tuple[Array, tuple[CompressedLayer, ...]]:
-        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        return jax.tree.map(lambda x: vary_like(jnp.zeros(x.shape, x.dtype), x), shapes)
 
     def on_cpu(*arrays: Any) -> tuple[Array, tuple[CompressedLayer, ...]]:
         return jax.lax.cond(jnp.all(lengths >= 0), compute, nothing, *arrays)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.varying import vary_like
 from restkv_jax.online_softmax import (
     block_at,
     block_logits,
@@ -93,5 +94,6 @@ def received_attention(
         return jax.lax.fori_loop(*blocks(i), add, sums)
 
     start = jnp.zeros((*queries.shape[:3], keys.shape[2]), jnp.float32)
+    start = vary_like(start, queries, keys, log_sums, lengths)
     sums = jax.lax.fori_loop(0, queries.shape[3], add_rows, start)
     return sums.reshape(*q.shape[:2], -1)[..., :columns]

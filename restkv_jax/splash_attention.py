@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.varying import varying_axes
 from restkv_jax.protocols import LayerSpec
 
 # Queries and keys of a tile, the largest first; no smaller one fills the lanes.
@@ -51,10 +52,12 @@ def refusal(q: Any) -> str | None:
     """Why splash attention should not attend here, None if it should.
 
     Args:
-        q: queries, of which only the dtype is looked at.
+        q: queries, of which only the type is looked at.
     """
     if q.dtype.itemsize != 2:
         return f"its products round {q.dtype} to bfloat16"
+    if axes := varying_axes(q):
+        return f"JAX's kernel does not pass check_vma of the jax.shard_map over {sorted(axes)}"
     return None
 
 

@@ -23,6 +23,7 @@ from pallas_kernels.decode_attention.reference import (
 from pallas_kernels.decode_attention.tiling import Tiling, tpu_tiling
 from pallas_kernels.quantized import QuantArray
 from pallas_kernels.slot_write.kernel_tpu import entry_spec, tile_of, tile_spec, write_slots_tpu
+from pallas_kernels.varying import outputs_like
 
 
 def decode_attention_tpu(
@@ -178,7 +179,7 @@ def _attend(
             out_specs=out_specs,
             scratch_shapes=scratch,
         ),
-        out_shape=outputs,
+        out_shape=outputs_like(outputs, start, query, slot, inputs),
         input_output_aliases=aliases,
         # Tiles of positions are of all heads.
         compiler_params=pltpu.CompilerParams(

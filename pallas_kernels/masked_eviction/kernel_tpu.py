@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.masked_eviction.reference import Kept
 from pallas_kernels.quantized import QuantArray
+from pallas_kernels.varying import outputs_like
 
 Ref = Any
 
@@ -78,6 +79,7 @@ def masked_eviction(
 
     slots = -(-capacity // _ROWS) * _ROWS
     sizes = [(x.shape[-1], x.dtype) for x in entries] + [(_SIDE, jnp.dtype(jnp.float32))]
+    outputs = [jax.ShapeDtypeStruct((batch, heads, capacity, n), dtype) for n, dtype in sizes]
     new_k, new_v, side = pl.pallas_call(
         functools.partial(_move_kernel, num_rows=len(rows) - 1),
         grid=(batch, heads, importance.shape[2] // _BLOCK),
@@ -87,9 +89,7 @@ def masked_eviction(
             *(of_head(x, (_BLOCK, x.shape[-1]), by_row=False) for x in entries),
         ],
         out_specs=[whole(width) for width, _ in sizes],
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, heads, capacity, width), dtype) for width, dtype in sizes
-        ],
+        out_shape=outputs_like(outputs, limits, rows, entries),
         scratch_shapes=[
             pltpu.SMEM((1,), jnp.int32),
             *(pltpu.VMEM((slots + _STORED, width), jnp.float32) for width, _ in sizes),
@@ -130,6 +130,7 @@ def _limits(
     """What `_threshold_kernel` writes for each row; T is a multiple of L."""
     batch, heads, _ = importance.shape
     square = importance.reshape(batch, heads, -1, _LANES)
+    limits = jax.ShapeDtypeStruct((batch, heads, 1, _LANES), jnp.int32)
     return pl.pallas_call(
         _threshold_kernel,
         grid=(batch, heads),
@@ -138,7 +139,7 @@ def _limits(
             pl.BlockSpec((None, None, *square.shape[2:]), lambda b, j: (b, j, 0, 0)),
         ],
         out_specs=pl.BlockSpec((None, None, 1, _LANES), lambda b, j: (b, j, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((batch, heads, 1, _LANES), jnp.int32),
+        out_shape=outputs_like(limits, budget, square),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=interpret,
         name="eviction_threshold",

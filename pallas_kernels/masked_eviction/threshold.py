@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.dispatch import Implementation, Kernel, dispatch
 from pallas_kernels.masked_eviction import kernel_tpu
 from pallas_kernels.triton_extra import run_triton, without_triton
+from pallas_kernels.varying import vary_like
 
 # Strips of a row that are counted side by side; an int8 holds their number.
 _STRIPS = 16
@@ -89,7 +90,7 @@ def by_halves(
     return _bisect(
         lambda middle: row_sum(bits >= middle[..., None]),
         counts,
-        jnp.zeros_like(counts),
+        vary_like(jnp.zeros_like(counts), bits, counts),
         jnp.full_like(counts, _INFINITY + 1),  # a step more, which costs less than a maximum
     )
 
@@ -115,7 +116,7 @@ def by_digits(
         return low, reached
 
     everything = jnp.full_like(counts, bits.shape[-1])
-    start = jnp.zeros(counts.shape, jnp.uint32), everything
+    start = vary_like((jnp.zeros(counts.shape, jnp.uint32), everything), bits, counts)
     low, reached = jax.lax.fori_loop(0, 8, digit, start)
     return low.astype(jnp.int32), reached == counts
 
@@ -190,6 +191,7 @@ def _bisect(
             exact | (found == wanted),
         )
 
-    start = low, high, jnp.zeros(low.shape, bool) if done is None else done
+    exact = jnp.zeros(low.shape, bool) if done is None else done
+    start = vary_like((low, high, exact), wanted, low)
     low, _, exact = jax.lax.while_loop(unfinished, halve, start)
     return low, exact

@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
 from pallas_kernels.slot_write.reference import Arrays
+from pallas_kernels.varying import outputs_like
 
 
 # Traced once for all layers of a model that are alike.
@@ -35,7 +36,7 @@ def write_slots_tpu(
             in_specs=[*map(entry_spec, stacks), *tile_specs],
             out_specs=tile_specs,
         ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in stacks],
+        out_shape=outputs_like(list(stacks), entries, slots),
         # Of all inputs, the slots count too.
         input_output_aliases={1 + count + i: i for i in range(count)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.varying import outputs_like
 from pallas_kernels.window_scores.bodies_tpu import (
     aggregated_kernel,
     attention_kernel,
@@ -182,7 +183,7 @@ class _Passes:
                 *(self.blocks(x) for x in by_key),
             ],
             out_specs=out_specs,
-            out_shape=shape,
+            out_shape=outputs_like(shape, self.operands, small, by_key),
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary")

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.varying import vary_like
 from pallas_kernels.window_scores.arithmetic import (
     FLOAT32,
     at_least_tiny,
@@ -303,4 +304,4 @@ def _pairwise_distance(x: Float[Array, "B W R"], y: Float[Array, "B T R"]) -> Fl
         return total + jnp.square(a[:, :, None] - b[:, None, :]), None
 
     zero = jnp.zeros((*x.shape[:2], y.shape[1]), jnp.float32)
-    return root(jax.lax.scan(add, zero, (x_columns, y_columns), unroll=8)[0])
+    return root(jax.lax.scan(add, vary_like(zero, x, y), (x_columns, y_columns), unroll=8)[0])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense_attend import dense_logits
+from jax.sharding import AxisType, PartitionSpec
 from model_fixtures import checkpoints
 
 import models
@@ -16,7 +17,9 @@ from restkv_jax.decode import (
     CachePlan,
     MeshRules,
     RestKV,
+    extend,
     generate,
+    prefill,
     shard,
     with_output_factors,
 )
@@ -94,6 +97,26 @@ def test_a_network_on_a_mesh_generates_what_it_does_on_one_device(weights):
         )
     sizes = {leaf.addressable_shards[0].data.size * 8 for leaf in [ours.cache.stacks[0].k]}
     assert sizes == {expected.cache.stacks[0].k.size}
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_a_network_passes_the_check_of_a_shard_map(weights):
+    """One that a caller writes around it, over rows."""
+    dtype = jnp.float32 if weights == "float32" else jnp.bfloat16
+    model = Llama.init(config_of(windows=(None, 9)), dtype=dtype)
+    plan = CachePlan(policy=RestKV(window=4), budget=12)
+    if weights == "int8":
+        model = quantize_weights(model)
+    mesh = jax.make_mesh((4,), ("rows",), (AxisType.Auto,), devices=jax.devices()[:4])
+    rows = PartitionSpec("rows")
+
+    def run(model, tokens):
+        _, (cache,) = prefill(model, tokens, tokens >= 0, plans=(plan,))
+        return extend(model, cache, tokens[:, :1])[0]
+
+    split = jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows)
+    tokens = jnp.tile(jnp.arange(20), (4, 1))
+    assert jax.eval_shape(split, model, tokens).shape == (4, 1, 64)
 
 
 @pytest.mark.parametrize("folder", checkpoints("hf_tiny/qwen3*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -11,14 +12,19 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from restkv_jax.decode import (
+    GREEDY,
+    AdaKV,
     CachePlan,
     CriticalKV,
     MeshRules,
     RestKV,
+    Sampling,
     decode_chunk,
+    extend,
     init_cache,
     init_decode,
     prefill,
+    prefill_chunked,
     row_keys,
     score,
     shard,
@@ -40,6 +46,17 @@ from tests.restkv_jax.eight_devices import (
     random_layer,
 )
 
+# Every policy, evicting while it decodes where it can.
+DECODING = {
+    name: dataclasses.replace(plan, decode_budget=BUDGET, evict_every=4)
+    for name, plan in PLANS.items()
+    if plan.policy.needs_budget
+} | {
+    "full": PLANS["full"],
+    "adakv": dataclasses.replace(PLANS["restkv"], heads=AdaKV()),
+    "int8": dataclasses.replace(PLANS["restkv"], storage="int8", decode_budget=BUDGET),
+}
+
 
 def test_scores_of_a_layer_on_shards():
     """Budgets by row go along; the result is split by rows and heads."""
@@ -55,31 +72,59 @@ def test_scores_of_a_layer_on_shards():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def by_rows(run, devices):
+    """`run(model, tokens, valid)` in a `jax.shard_map` as a caller writes it."""
+    mesh = jax.make_mesh((devices,), ("rows",), (AxisType.Auto,), devices=jax.devices()[:devices])
+    rows = PartitionSpec("rows")
+    return jax.jit(
+        jax.shard_map(run, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=rows)
+    )
+
+
+def answers(logits, cache, model, sampling=GREEDY):
+    rows = len(logits)
+    keys, limit = row_keys(0, rows), jnp.full(rows, 9)
+    state = init_decode(logits, cache, keys, limit, NO_STOP, sampling=sampling)
+    return decode_chunk(model, state, NO_STOP, steps=6, sampling=sampling)[1]
+
+
 def test_a_shard_map_of_the_callers_own():
-    """Over rows, without the check that loops do not pass: what one device says."""
+    """Over rows: what one device says."""
     model = network()
-    policy = RestKV(window=W)
-    plan = CachePlan(policy=policy, budget=BUDGET, decode_budget=BUDGET, evict_every=4)
 
     def run(model, tokens, valid):
-        logits, (cache,) = prefill(model, tokens, valid, plans=(plan,))
-        rows = len(tokens)
-        state = init_decode(logits, cache, row_keys(0, rows), jnp.full(rows, 9), NO_STOP)
-        return logits, decode_chunk(model, state, NO_STOP, steps=6)[1]
+        logits, (cache,) = prefill(model, tokens, valid, plans=(DECODING["restkv"],))
+        return logits, answers(logits, cache, model)
 
-    mesh, by_row = jax.make_mesh((4,), ("rows",), (AxisType.Auto,)), PartitionSpec("rows")
-    on_devices = jax.shard_map(
-        run,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), by_row, by_row),
-        out_specs=by_row,
-        check_vma=False,
-    )
     logits, tokens = jax.jit(run)(model, TOKENS, VALID)
-    ours, said = jax.jit(on_devices)(model, TOKENS, VALID)
+    ours, said = by_rows(run, 4)(model, TOKENS, VALID)
     assert len(said.sharding.device_set) == 4
     np.testing.assert_allclose(ours, logits, atol=ATOL)
     np.testing.assert_array_equal(said, tokens)
+
+
+@pytest.mark.parametrize("name", DECODING)
+def test_plans_pass_the_check_of_a_shard_map(name):
+    """Prefill at once, in pieces, more tokens, sampling; heads are large enough for kernels.
+
+    These are traced with the check, though they do not run here.
+    """
+    plan = DECODING[name]
+    sampling = Sampling(temperature=0.7, top_p=0.9)
+    small = tiny.make(layers=2, heads=8, kv_heads=4, vocab=97, size=64)
+    model = tiny.with_windows(small, (None, 9))
+
+    def run(model, tokens, valid):
+        logits, (cache,) = prefill(model, tokens, valid, plans=(plan,))
+        logits, cache = extend(model, cache, tokens[:, :3])
+        said = [answers(logits[:, -1], cache, model, sampling)]
+        if plan.heads is None:
+            logits, (cache,) = prefill_chunked(model, tokens, valid, plans=(plan,), piece=24)
+            said += [answers(logits, cache, model)]
+        return said
+
+    outputs = jax.eval_shape(by_rows(run, 8), model, TOKENS, VALID)
+    assert {x.shape for x in outputs} == {(ROWS, 6)}
 
 
 def test_fewer_heads_than_devices_or_rows_that_do_not_split_are_refused():
