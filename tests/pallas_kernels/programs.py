@@ -12,6 +12,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.efficiency.subject import RANDOM
 from models import Llama, ModelConfig
@@ -26,6 +27,7 @@ from restkv_jax.decode import (
     MeshRules,
     RestKV,
     ShardedLM,
+    SnapKV,
     decode_chunk,
     init_decode,
     prefill,
@@ -33,6 +35,7 @@ from restkv_jax.decode import (
     with_output_factors,
 )
 from tests.pallas_kernels.lowering import GPU, compiled, compiled_on_mesh, mesh
+from tests.restkv_jax import tiny
 
 # Instructions that become no kernel.
 _FREE = re.compile(r" (get-tuple-element|parameter|bitcast|constant|tuple|after-all)\(")
@@ -42,6 +45,28 @@ def model_of_8b(layers):
     """With layers of the shape of those of Llama-3.1-8B, in bfloat16."""
     config = _config_of_8b(layers)
     return jax.eval_shape(lambda: with_output_factors(Llama.init(config, dtype=jnp.bfloat16)))
+
+
+def prefill_split_by_the_caller(kind, check):
+    """A compiled prefill in a `jax.shard_map` over rows, on four devices."""
+    devices = mesh(kind)
+    rows, everywhere = PartitionSpec(devices.axis_names), PartitionSpec()
+    model = tiny.cast(tiny.make(layers=1, heads=8, kv_heads=4, size=64, width=128), jnp.bfloat16)
+    plan = CachePlan(policy=SnapKV(), budget=64)
+    run = jax.shard_map(
+        lambda model, tokens, valid: prefill(model, tokens, valid, plans=(plan,)),
+        mesh=devices,
+        in_specs=(everywhere, rows, rows),
+        out_specs=rows,
+        check_vma=check,
+    )
+
+    def on(spec, x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(devices, spec))
+
+    model = jax.tree.map(functools.partial(on, everywhere), model)
+    tokens = jnp.zeros((4, 512), jnp.int32)
+    return compiled_on_mesh(run, model, on(rows, tokens), on(rows, tokens == 0), kind=kind)
 
 
 def sharded_model_of_8b(layers, kind):

@@ -31,6 +31,7 @@ from tests.pallas_kernels.programs import (
     loop_over_int8_weights,
     model_of_8b,
     prefill_of_128k,
+    prefill_split_by_the_caller,
     sharded_model_of_8b,
 )
 from tests.restkv_jax import tiny
@@ -146,6 +147,14 @@ def test_decoding_on_four_gpus(evicts):
     assert len(bits) == evicts
     # One loop of steps; around all layers, and within it for the rows of this device.
     assert text.count(" while(") == 1 + (1 + layers) * evicts
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_kernels_in_a_shard_map_of_the_callers_own(check):
+    """All of them pass its check."""
+    text = prefill_split_by_the_caller(GPU, check).as_text()
+    # One scores, two select and move.
+    assert text.count('custom_call_target="triton_kernel_call') == 3
 
 
 @pytest.mark.parametrize(("batch", "most"), [(1, 17), (16, 15)])

@@ -35,6 +35,7 @@ from tests.pallas_kernels.programs import (
     loop_over_int8_weights,
     model_of_8b,
     prefill_of_128k,
+    prefill_split_by_the_caller,
 )
 from tests.restkv_jax import tiny
 
@@ -129,6 +130,24 @@ def test_splash_attention(columns, spec, kind):
     assert columns < 1024 or program.memory_analysis().temp_size_in_bytes < 2 * 2 * q.size
 
 
+KERNELS = ("window_scores", "eviction_threshold", "eviction_move")
+
+
+def kernels_in(program):
+    calls = [
+        line for line in program.splitlines() if 'custom_call_target="tpu_custom_call"' in line
+    ]
+    return {name for name in ("splash_mha_fwd", *KERNELS) if any(name in call for call in calls)}
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_kernels_in_a_shard_map_of_the_callers_own(check):
+    """With its check, which JAX's splash attention does not pass, all but that one."""
+    program = prefill_split_by_the_caller("TPU v5e", check)
+    found = kernels_in(program.as_text())
+    assert found == ({*KERNELS} if check else {"splash_mha_fwd", *KERNELS})
+
+
 def test_a_sharded_prefill_holds_all_kernels():
     """Two devices split the batch and two the heads: each runs its kernels on its own."""
     rules = MeshRules(mesh("TPU v5e"))
@@ -143,11 +162,7 @@ def test_a_sharded_prefill_holds_all_kernels():
     run = functools.partial(prefill, plans=(plan,))
     args = sharded, on(tokens, "batch"), on(tokens == 0, "batch")
     program = compiled_on_mesh(run, *args, kind="TPU v5e").as_text()
-    calls = [
-        line for line in program.splitlines() if 'custom_call_target="tpu_custom_call"' in line
-    ]
-    for kernel in ("splash_mha_fwd", "window_scores", "eviction_threshold", "eviction_move"):
-        assert any(kernel in call for call in calls)
+    assert kernels_in(program) == {"splash_mha_fwd", *KERNELS}
     # Of one row and half of the heads; what is written for all tokens is not gathered.
     assert "bf16[1,4,512,64]" in program
     assert "bf16[2,8,512,64]" not in program
