@@ -37,7 +37,8 @@ from restkv_jax.generate import (
 )
 from restkv_jax.head_budgets import HeadBudgets
 from restkv_jax.joining import form_of, join_rows
-from restkv_jax.layer import LayerInputs, layer_inputs
+from restkv_jax.layer import LayerInputs
+from restkv_jax.layer_inputs import layer_inputs
 from restkv_jax.leave_one_out import leave_one_out, removal_changes
 from restkv_jax.mesh_rules import MeshRules
 from restkv_jax.pieces import prefill_bounded, prefill_chunked

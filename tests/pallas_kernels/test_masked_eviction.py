@@ -19,7 +19,7 @@ from pallas_kernels.masked_eviction.kernel_tpu import masked_eviction as by_tpu
 from pallas_kernels.masked_eviction.specs import SPECS
 from pallas_kernels.quantized import QuantArray
 from pallas_kernels.triton_extra import without_triton
-from restkv_jax.layer import layer_inputs
+from restkv_jax.layer_inputs import layer_inputs
 from restkv_jax.policies import H2O, POLICIES, KeyDiff, RestKV, SnapKV, Streaming
 from tests.pallas_kernels.lowering import GPU, lowered
 

@@ -17,7 +17,7 @@ from pallas_kernels.window_scores import window_scores
 from pallas_kernels.window_scores.specs import SPECS as SCORES
 from restkv_jax.compression import compress
 from restkv_jax.decode import CachePlan, LayerSpec, MeshRules, prefill
-from restkv_jax.layer import layer_inputs
+from restkv_jax.layer_inputs import layer_inputs
 from restkv_jax.policies import RestKV, SnapKV
 from restkv_jax.prompt_attention import causal_attention
 from restkv_jax.sharding import ShardedLM

@@ -17,7 +17,8 @@ from pallas_kernels.window_scores.kernel_tpu import window_scores as by_tpu
 from pallas_kernels.window_scores.reference import window_scores as by_reference
 from pallas_kernels.window_scores.specs import SPECS
 from restkv_jax.compression import score
-from restkv_jax.layer import LayerInputs, Probe, layer_inputs
+from restkv_jax.layer import LayerInputs, Probe
+from restkv_jax.layer_inputs import layer_inputs
 from restkv_jax.policies import RestKV, SnapKV
 from restkv_jax.prompt_attention import causal_attention
 from tests.pallas_kernels.lowering import lowered

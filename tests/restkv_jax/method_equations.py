@@ -7,7 +7,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from restkv_jax.layer import layer_inputs
+from restkv_jax.layer_inputs import layer_inputs
 from restkv_jax.policies import (
     CAOTE,
     H2O,

@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels.masked_eviction import select_slots
 from restkv_jax.compression import score, select
-from restkv_jax.layer import layer_inputs
+from restkv_jax.layer_inputs import layer_inputs
 from restkv_jax.policies import (
     CAOTE,
     H2O,

@@ -11,7 +11,8 @@ from pallas_kernels.masked_eviction import select_slots
 from restkv_jax import budget as budgets
 from restkv_jax.allocation import adakv_counts
 from restkv_jax.compression import select
-from restkv_jax.layer import LayerInputs, layer_inputs
+from restkv_jax.layer import LayerInputs
+from restkv_jax.layer_inputs import layer_inputs
 from restkv_jax.policies import H2O, Ablation, Policy, RestKV, SnapKV, Streaming
 from tests.restkv_jax import parity
 

@@ -11,7 +11,8 @@ import pytest
 
 from restkv_jax.compression import score
 from restkv_jax.decode import CachePlan, Full, VNorm, pad_prompts, prefill
-from restkv_jax.layer import Probe, layer_inputs
+from restkv_jax.layer import Probe
+from restkv_jax.layer_inputs import layer_inputs
 from restkv_jax.policies import (
     CAOTE,
     H2O,

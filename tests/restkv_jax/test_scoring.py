@@ -18,7 +18,7 @@ from pallas_kernels.window_scores import (
     window_attention,
 )
 from restkv_jax.compression import score
-from restkv_jax.layer import layer_inputs
+from restkv_jax.layer_inputs import layer_inputs
 from restkv_jax.policies import RestKV, SnapKV
 from restkv_jax.smoothing import temporal_weights
 from tests.restkv_jax import oracle
