@@ -9,6 +9,8 @@ from experiments.core.options import PolicyText, parse_policy
 _POLICIES = ("full", "streaming", "h2o", "tova", "snapkv", "restkv", "restkv:preset=robust")
 _CURVE_POLICIES = ("streaming", "snapkv", "restkv", "restkv:preset=robust")
 _CURVE_BUDGETS = (64, 128, 256)
+# Each that evicts while decoding is a program of its own.
+_PERPLEXITY_POLICIES = ("full", "streaming", "h2o", "snapkv", "restkv")
 _QUICK = ("full", "streaming", "restkv")
 
 
@@ -80,19 +82,20 @@ _FIGURES = {
     "perplexity": ("perplexity-*.png",),
     "fidelity": ("attention.png", "residual.png", "overlap.png", "attention_heads-*.png"),
 }
-# Most of the time goes into compiling, once for each shape and set of policies: few lengths.
+# Most of the time goes into compiling, once for each shape and set of policies. Prompts that are
+# padded to the same number of columns, evicted to the same budget and followed by the same room
+# share their program: those of longbench, needle and fidelity, of infinitebench and humaneval.
 _OPTIONS = {
     "longbench": "--together --budget 128 --offline-length 1024 --offline-rows 3",
     "ruler": "--together --lengths 1024 --rows 3 --tasks niah_single_1,niah_multikey_1,vt",
-    "needle": "--together --budget 64 --lengths 512,1024 --depths 0,25,50,75,100 --rows 1",
+    "needle": "--together --budget 128 --lengths 832,1024 --depths 0,25,50,75,100 --rows 1",
     "infinitebench": "--together --budget 128 --lengths 1024 --rows 2 --tasks passkey,kv_retrieval",
-    "humaneval": "--together --budget 128 --lengths 1024 --max-new-tokens 64 --limit 4",
-    "lm_eval": "--data offline --budget 64 --limit 8 --max-length 1024",
+    "humaneval": "--together --budget 128 --lengths 1024 --max-new-tokens 80 --limit 4",
+    "lm_eval": "--data offline --budget 64 --limit 8 --max-length 512",
     "perplexity": "--budget 64 --length 512 --rows 2",
-    "fidelity": "--budget 128 --offline-length 1024 --offline-rows 1 --oracle-window 16 "
-    "--sets kv_needle,quote_recall,few_shot --tokens 24",
+    "fidelity": "--budget 128 --offline-length 1024 --offline-rows 1 --oracle-window 8 "
+    "--sets kv_needle,quote_recall,few_shot --tokens 32",
 }
-# Both lengths of the needle are padded to the same number of columns.
 _QUICK_OPTIONS = {
     "longbench": "--together --budget 64 --offline-length 512 --offline-rows 1 "
     "--sets kv_needle,few_shot",
@@ -120,6 +123,8 @@ def parts_of(names: tuple[str, ...], *, quick: bool) -> list[Part]:
 
 def _part(name: str, quick: bool) -> Part:
     policies: tuple[str, ...] = _QUICK if quick else _POLICIES
+    if name == "perplexity" and not quick:
+        policies = _PERPLEXITY_POLICIES
     curve = name == "ruler"
     if curve:
         evicting = _QUICK[1:] if quick else _CURVE_POLICIES
