@@ -8,9 +8,9 @@ from experiments.core.options import PolicyText, parse_policy
 
 _POLICIES = ("full", "streaming", "h2o", "tova", "snapkv", "restkv", "restkv:preset=robust")
 _CURVE_POLICIES = ("streaming", "snapkv", "restkv", "restkv:preset=robust")
-_CURVE_BUDGETS = (64, 128, 256)
+_CURVE_BUDGETS = (64, 256)
 # Each that evicts while decoding is a program of its own.
-_PERPLEXITY_POLICIES = ("full", "streaming", "h2o", "snapkv", "restkv")
+_PERPLEXITY_POLICIES = ("full", "streaming", "snapkv", "restkv")
 _QUICK = ("full", "streaming", "restkv")
 
 
@@ -91,10 +91,10 @@ _OPTIONS = {
     "needle": "--together --budget 128 --lengths 832,1024 --depths 0,25,50,75,100 --rows 1",
     "infinitebench": "--together --budget 128 --lengths 1024 --rows 2 --tasks passkey,kv_retrieval",
     "humaneval": "--together --budget 128 --lengths 1024 --max-new-tokens 80 --limit 4",
-    "lm_eval": "--data offline --budget 64 --limit 8 --max-length 512",
+    "lm_eval": "--data offline --budget 64 --limit 4 --max-length 512",
     "perplexity": "--budget 64 --length 512 --rows 2",
     "fidelity": "--budget 128 --offline-length 1024 --offline-rows 1 --oracle-window 8 "
-    "--sets kv_needle,quote_recall,few_shot --tokens 32",
+    "--sets kv_needle,few_shot --tokens 32",
 }
 _QUICK_OPTIONS = {
     "longbench": "--together --budget 64 --offline-length 512 --offline-rows 1 "
@@ -128,8 +128,7 @@ def _part(name: str, quick: bool) -> Part:
     curve = name == "ruler"
     if curve:
         evicting = _QUICK[1:] if quick else _CURVE_POLICIES
-        budgets = _CURVE_BUDGETS[:2] if quick else _CURVE_BUDGETS
-        policies = ("full", *_with_budgets(evicting, budgets))
+        policies = ("full", *_with_budgets(evicting, _CURVE_BUDGETS))
     return Part(
         benchmark=name,
         about=_ABOUT[name],

@@ -119,7 +119,7 @@ def test_the_curve_is_score_over_bytes_by_budget(finished, report):
     result = ruler["results"]["result.json"]
     assert list(ruler["curve"]) == ["full", "streaming", "restkv"]
     for family, points in ruler["curve"].items():
-        labels = [family] if family == "full" else [f"{family}+budget={b}" for b in (64, 128)]
+        labels = [family] if family == "full" else [f"{family}+budget={b}" for b in (64, 256)]
         assert [point["policy"] for point in points] == labels
         for point in points:
             rows = [
@@ -132,7 +132,7 @@ def test_the_curve_is_score_over_bytes_by_budget(finished, report):
             assert point["score"] == average["score"][point["policy"]]
     small, large = ruler["curve"]["restkv"]
     # 4 layers, 2 heads of 32, keys and values in float32 and a position a slot
-    assert large["bytes"] - small["bytes"] == 64 * 4 * 2 * (2 * 32 * 4 + 4)
+    assert large["bytes"] - small["bytes"] == (256 - 64) * 4 * 2 * (2 * 32 * 4 + 4)
 
 
 def test_a_finished_run_asks_nothing_and_an_interrupted_one_what_is_left(
