@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [name.strip() for name in args.tasks.split(",")]
     manager = find_tasks(names, data)
     tasks = load_tasks(manager, names)
-    check_rows(tasks, args.limit, args.fewshot)
+    check_rows(tasks, limit=args.limit, fewshot=args.fewshot, seed=args.seed)
     language_model = load_model(args)
     if args.max_length is not None:
         check_length("--max-length", args.max_length, language_model)

@@ -76,13 +76,16 @@ def load_tasks(manager: Any, names: Sequence[str]) -> dict[str, Any]:
     return {task: loaded for name in names for task, loaded in _load(manager, name).items()}
 
 
-def check_rows(tasks: Mapping[str, Any], limit: int | None, fewshot: int | None) -> None:
+def check_rows(
+    tasks: Mapping[str, Any], *, limit: int | None, fewshot: int | None, seed: int
+) -> None:
     """Makes the prompt and the continuations of every row, as the harness does when a run begins.
 
     Args:
         tasks: see `load_tasks`.
         limit: how many rows of each task are wanted; None for all.
         fewshot: examples before each of them; None for what the task says.
+        seed: that they are drawn by.
 
     Raises:
         UserError: a row, or an example before it, does not fit its task's templates.
@@ -90,6 +93,7 @@ def check_rows(tasks: Mapping[str, Any], limit: int | None, fewshot: int | None)
     for name, task in tasks.items():
         own = task.config.num_fewshot
         examples = own if own == 0 or fewshot is None else fewshot
+        task.set_fewshot_seed(seed)
         for row, doc in task.doc_iterator(limit=limit):
             try:
                 prefix = task.doc_to_prefix(doc)

@@ -95,20 +95,20 @@ def test_a_row_that_does_not_fit_its_templates_is_named(
 ):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     tasks = load_tasks(manager, ["fine", name])
-    check_rows(tasks, 2, None)
+    check_rows(tasks, limit=2, fewshot=None, seed=0)
     with pytest.raises(UserError, match=rf"--tasks {name}: no prompt .* of row 2: {reason}"):
-        check_rows(tasks, None, None)
+        check_rows(tasks, limit=None, fewshot=None, seed=0)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_examples_that_cannot_be_made_are_named(manager, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    # Of three rows two are left to draw from, and one of them is the broken one.
+    # All of three rows are drawn, one of which is broken.
     late = load_tasks(manager, ["late_template"])
-    with pytest.raises(UserError, match=r"of row 0 after 2 examples: UndefinedError"):
-        check_rows(late, 1, 2)
+    with pytest.raises(UserError, match=r"of row 0 after 3 examples: UndefinedError"):
+        check_rows(late, limit=1, fewshot=3, seed=0)
     with pytest.raises(UserError, match=r"--tasks fine: .* after 2 examples: ValueError"):
-        check_rows(load_tasks(manager, ["fine"]), 1, 2)  # which has one row
+        check_rows(load_tasks(manager, ["fine"]), limit=1, fewshot=2, seed=0)  # it has one row
 
 
 def test_a_malformed_task_file_is_named(folder, manager, monkeypatch):
