@@ -94,7 +94,7 @@ _OPTIONS = {
     "lm_eval": "--data offline --budget 64 --limit 4 --max-length 512",
     "perplexity": "--budget 64 --length 512 --rows 2",
     "fidelity": "--budget 128 --offline-length 1024 --offline-rows 1 --oracle-window 8 "
-    "--sets kv_needle,few_shot --tokens 32",
+    "--sets kv_needle,quote_recall,few_shot --tokens 32",
 }
 _QUICK_OPTIONS = {
     "longbench": "--together --budget 64 --offline-length 512 --offline-rows 1 "
