@@ -149,12 +149,15 @@ def measure_fidelity(
     if continuation_valid is not None:
         follows = jnp.asarray(continuation_valid)
     full_plan = CachePlan(policy=Full(), headroom=count)
-    _, (full, *caches) = prefill(model, tokens, valid, plans=(full_plan, *plans))
+    distinct = tuple(dict.fromkeys((full_plan, *plans)))  # the full cache is often among them
+    _, made = prefill(model, tokens, valid, plans=distinct)
+    caches = dict(zip(distinct, made, strict=True))
     bare = model.model if isinstance(model, FactoredLM) else model
-    reference = _reference(bare, full, continuation, follows)
+    reference = _reference(bare, caches[full_plan], continuation, follows)
     changes: dict[Granularity, tuple[np.ndarray, ...]] = {}
     results = []
-    for plan, cache in zip(plans, caches, strict=True):
+    for plan in plans:
+        cache = caches[plan]
         measured = jax.device_get(_compare(bare, reference, cache, continuation, follows))
         overlap = np.full((tokens.shape[0], len(model.layer_specs), 1), np.nan)
         if oracle_window is not None:

@@ -71,7 +71,6 @@ def prefill_chunked(
         query_rows=min(max(rows, default=0), columns),
         accumulates=any(policy.accumulates for policy in policies),
     )
-    cache = vary_like(cache, pieces)
     hidden, cache = _feed_pieces(model, cache, pieces, evict="before")
     caches = tuple(
         init_cache(specs, plan, batch=tokens.shape[0], prompt_columns=columns, dtype=model.kv_dtype)
@@ -160,7 +159,6 @@ def prefill_bounded(
         prompt_columns=columns + plan.headroom,
         dtype=model.kv_dtype,
     )
-    cache = vary_like(cache, pieces)
     hidden, cache = _feed_pieces(model, cache, pieces, evict="after")
     cache = dataclasses.replace(cache, eviction=plan.eviction)
     if plan.eviction is None:
@@ -199,7 +197,7 @@ def _feed_pieces(
         hidden, cache = feed(model, cache, *piece, evict=evict)
         return cache, hidden[:, -1]
 
-    cache, hidden = jax.lax.scan(step, cache, pieces)
+    cache, hidden = jax.lax.scan(step, vary_like(cache, pieces), pieces)
     return hidden[-1], cache
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib
 import importlib.util
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -18,10 +19,14 @@ from experiments.core import engine as engines
 from experiments.core.errors import UserError, run_main
 from experiments.core.options import parse_policy
 from experiments.core.plans import make_plan
+from experiments.infinitebench.tasks import TASKS as INFINITEBENCH
+from experiments.longbench.offline import OFFLINE_SETS
+from experiments.needle.haystack import MAX_NEW_TOKENS
 from experiments.suite.__main__ import main
 from experiments.suite.cli import model_folders
 from experiments.suite.page import render
 from experiments.suite.parts import PARTS, parts_of
+from restkv_jax.decode import bucket_length
 
 MODEL = str(Path(__file__).parents[1] / "fixtures/hf_tiny/qwen3_qknorm")
 FOLDER = "qwen3_qknorm"
@@ -218,6 +223,27 @@ def test_the_selections_are_valid_command_lines(name, quick):
     if not part.curve:
         assert list(part.families()) == labels
     assert parse_policy(part.policies[0]).name == "full"
+
+
+def test_parts_share_programs():
+    """The same policies and budget, room for answers, and columns that prompts are padded to."""
+
+    def shape(name, answer, *lengths):
+        (part,) = parts_of((name,), quick=False)
+        options = dict(itertools.pairwise(part.options))
+        columns = {bucket_length(length) for length in lengths}
+        return part.policies, options["--budget"], answer(options), columns
+
+    def longest(options):
+        tasks = options["--tasks"].split(",")
+        return max(INFINITEBENCH[task].max_new_tokens for task in tasks)
+
+    offline = max(spec.max_new_tokens for spec in OFFLINE_SETS.values())
+    first = shape("longbench", lambda _: offline, 1024)
+    assert shape("needle", lambda _: MAX_NEW_TOKENS, 832 - MAX_NEW_TOKENS, 1024) == first
+    assert shape("fidelity", lambda options: int(options["--tokens"]), 1024) == first
+    second = shape("infinitebench", longest, 1024)
+    assert shape("humaneval", lambda options: int(options["--max-new-tokens"]), 1024) == second
 
 
 def test_models_have_folders_of_their_own():

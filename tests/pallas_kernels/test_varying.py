@@ -33,15 +33,15 @@ def split(op, in_specs, out_specs):
     return jax.jit(jax.shard_map(op, mesh=mesh(), in_specs=in_specs, out_specs=out_specs))
 
 
-def assert_same(op, in_specs, out_specs, args):
-    """What one device computes, but for the last bits of sums that are taken in another order.
+def assert_same(op, in_specs, out_specs, args, *, rtol=0):
+    """What one device computes, bit by bit unless `rtol` says otherwise.
 
     Kernels are traced with the check, too; what runs on CPU are their references. JAX's
     interpreter of kernels does not pass it.
     """
     ours, theirs = split(op, in_specs, out_specs)(*args), jax.jit(op)(*args)
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-7)
+        np.testing.assert_allclose(one, other, rtol=rtol)
 
 
 def test_what_is_made_differs_along_the_axes_of_what_it_is_made_from():
@@ -77,7 +77,8 @@ def test_window_scores(kind):
     )
     op = functools.partial(window_scores, form=spec.form)
     specs = (BOTH, BOTH, BOTH, HEADS, P(), ROWS, ROWS)
-    assert_same(op, specs, BOTH, spec.inputs(jnp.float32))
+    # Fewer heads on each device: sums over the hidden dimension are taken in another order.
+    assert_same(op, specs, BOTH, spec.inputs(jnp.float32), rtol=4e-6)
 
 
 def test_masked_eviction():

@@ -24,9 +24,11 @@ from restkv_jax.decode import (
     init_cache,
     init_decode,
     prefill,
+    prefill_bounded,
     prefill_chunked,
     row_keys,
     score,
+    score_tokens,
     shard,
     with_output_factors,
 )
@@ -105,7 +107,7 @@ def test_a_shard_map_of_the_callers_own():
 
 @pytest.mark.parametrize("name", DECODING)
 def test_plans_pass_the_check_of_a_shard_map(name):
-    """Prefill at once, in pieces, more tokens, sampling; heads are large enough for kernels.
+    """Prefills of all forms, more tokens, sampling, scoring; heads are large enough for kernels.
 
     These are traced with the check, though they do not run here.
     """
@@ -121,6 +123,9 @@ def test_plans_pass_the_check_of_a_shard_map(name):
         if plan.heads is None:
             logits, (cache,) = prefill_chunked(model, tokens, valid, plans=(plan,), piece=24)
             said += [answers(logits, cache, model)]
+        if isinstance(plan.budget, int) and plan.heads is None:
+            logits, cache = prefill_bounded(model, tokens, valid, plan=plan, piece=24)
+            said += [score_tokens(model, logits, cache, tokens[:, :6])[0]]
         return said
 
     outputs = jax.eval_shape(by_rows(run, 8), model, TOKENS, VALID)
