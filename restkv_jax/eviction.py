@@ -1,32 +1,28 @@
-"""Eviction from a cache that is full: its slots are scored and compacted in place."""
+"""Eviction from a cache that is full: all layers that keep their past, one after the other."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import bits
-from pallas_kernels.masked_eviction import compact
-from pallas_kernels.quantized import QuantArray, dequantize
 from pallas_kernels.varying import vary_like
-from pallas_kernels.window_scores import output_factor
 from restkv_jax.cache import KVCache
-from restkv_jax.compression import compact_carried, keep
-from restkv_jax.layer import LayerInputs
-from restkv_jax.plan import DecodeEviction
+from restkv_jax.factors import output_projections
+from restkv_jax.layer_eviction import evict_rows
 from restkv_jax.protocols import CausalLM, LayerSpec, Projection
-from restkv_jax.rerotation import rerotate
 from restkv_jax.sharding import ShardedLM
-from restkv_jax.slots import LayerSlots, LayerStack
 
 Tree = TypeVar("Tree")
+# Tokens to come or that came, the next position, and the cache.
 _State = tuple[Int[Array, " B"], Int[Array, " B"], KVCache]
+_Weights = Float[Array, "N H D"] | Projection
 # Which rows are full: those in which new tokens would not fit, or which have left the budget.
 When = Literal["before", "after"]
 
@@ -40,8 +36,8 @@ def evict_full(
     for each decision. Devices that split the rows ask each other for one bit then; where some row
     is full, each of them evicts only if one of its own is.
 
-    The model runs on nothing, as only it knows its output projections; what it computes besides
-    them is used by nobody, and left out by XLA.
+    Layers that are alike take turns in one loop, which is compiled once, though the model's own
+    loop over its layers may be unrolled.
 
     Args:
         model: see `CausalLM`.
@@ -51,67 +47,173 @@ def evict_full(
         when: "before" evicts rows in which `count` tokens do not fit, "after" those which hold more
             than the budget.
     """
-    specs, eviction, on_mesh = model.layer_specs, cache.eviction, isinstance(model, ShardedLM)
-    assert eviction is not None
-
-    def full(used: Array, sizes: int | Array, count: Array) -> Bool[Array, "*L B"]:
-        if when == "after":
-            return used > eviction.budget
-        return (count > 0) & (used + count > sizes)
-
-    def attend(
-        layer: int | Array,
-        q: Float[Array, "B T N H"],
-        _k: Array,
-        _v: Array,
-        w_o: Float[Array, "N H D"] | Projection,
-        state: _State,
-    ) -> tuple[Float[Array, "B T N H"], _State]:
-        count, position, cache = state
-        spec = specs[layer if isinstance(layer, int) else 0].share(q.shape[2])
-        if spec.window is None:
-            index, row = cache.place(layer)
-            stack = cache.stacks[index]
-            rows = full(stack.used[row], stack.size(row), count)
-            evict = functools.partial(
-                evict_rows,
-                row=row,
-                full=rows,
-                q=stack.last_queries(row, position),
-                position=position,
-                w_o=w_o,
-                eviction=eviction,
-                spec=spec,
-                layer=layer,
-                num_layers=len(specs),
-                by_slot=cache.by_slot,
-            )
-            # Queries stay out of loops, which would copy what they only read. One layer after the
-            # other, as scores of many at once take memory.
-            bare = jax.lax.optimization_barrier(dataclasses.replace(stack, queries=None))
-            bare = _once(jnp.any(rows), evict, bare) if on_mesh else evict(bare)
-            stack = dataclasses.replace(bare, queries=stack.queries)
-            cache = cache.with_stack(index, stack)
-        return jnp.zeros_like(q), (count, position, cache)
-
-    queries = [stack.queries for stack in cache.stacks]
-    nothing = jnp.zeros((count.shape[0], 1), jnp.int32)
-
-    def evict_layers(cache: KVCache) -> KVCache:
-        cache = _with_queries(cache, queries)
-        _, (_, _, cache) = model(nothing, nothing, attend, (count, position, cache))
-        return _with_queries(cache, [None] * len(queries))
-
+    on_mesh = isinstance(model, ShardedLM)
+    turns = _Turns(specs=model.layer_specs, when=when, on_mesh=on_mesh)
     needed = [
-        jnp.any(full(stack.used, jnp.asarray(stack.sizes)[:, None], count))
+        jnp.any(turns.full(cache, stack.used, jnp.asarray(stack.sizes)[:, None], count))
         for stack in cache.stacks
         if not stack.ring
     ]
     if not needed:
         return cache
-    cache = _with_queries(cache, [None] * len(queries))
+    queries = _queries(cache)
+    projections = output_projections(model.model if isinstance(model, ShardedLM) else model)
+
+    def evict_layers(cache: KVCache) -> KVCache:
+        state = count, position, _with_queries(cache, queries)
+        if not projections:
+            state = turns.in_the_models_loop(model, state)
+        elif isinstance(model, ShardedLM):
+            state = model.on_shards(turns.in_loops, state, projections)
+        else:
+            state = turns.in_loops(state, projections)
+        return _with_queries(state[2], None)
+
+    # Queries stay out of what loops carry: they would be copied, though they are only read.
+    cache = _with_queries(cache, None)
     cache = _once(functools.reduce(jnp.logical_or, needed), evict_layers, cache)
     return _with_queries(cache, queries)
+
+
+class _Layer(NamedTuple):
+    """A layer, its stack in the cache and its row there."""
+
+    number: int | Array
+    stack: int
+    row: int | Array
+    spec: LayerSpec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Turns:
+    """How all layers are evicted, one after the other.
+
+    Attributes:
+        specs: of the model's layers.
+        when: see `evict_full`.
+        on_mesh: whether a device evicts only if one of its own rows is full.
+    """
+
+    specs: tuple[LayerSpec, ...]
+    when: When
+    on_mesh: bool
+
+    def full(
+        self,
+        cache: KVCache,
+        used: Int[Array, "*L B"],
+        sizes: int | Int[Array, "L 1"],
+        count: Int[Array, " B"],
+    ) -> Bool[Array, "*L B"]:
+        """Which rows are, by their cursors."""
+        assert cache.eviction is not None
+        if self.when == "after":
+            return used > cache.eviction.budget
+        return (count > 0) & (used + count > sizes)
+
+    def in_loops(self, state: _State, projections: Sequence[_Weights]) -> _State:
+        """A loop over each set of layers that are alike.
+
+        Args:
+            state: see `_State`; of one device, if there are several.
+            projections: of every layer.
+        """
+        count, position, cache = state
+        queries = _queries(cache)
+        for layers, weights in _alike(cache, self.specs, projections):
+            evict = functools.partial(self._evict_one_of, layers, weights)
+
+            def step(
+                cache: KVCache,
+                i: Int[Array, ""],
+                evict: Callable[[Int[Array, ""], _State], _State] = evict,
+            ) -> tuple[KVCache, None]:
+                _, _, cache = evict(i, (count, position, _with_queries(cache, queries)))
+                return _with_queries(cache, None), None
+
+            # One set after the other, as scores of many layers at once take memory.
+            cache = jax.lax.optimization_barrier(_with_queries(cache, None))
+            cache, _ = bits.scan(step, cache, jnp.arange(len(layers), dtype=jnp.int32))
+            cache = _with_queries(cache, queries)
+        return count, position, cache
+
+    def in_the_models_loop(self, model: CausalLM, state: _State) -> _State:
+        """For a model that scans over layers, which are all alike.
+
+        It runs on nothing, as only it knows its output projections; what it computes besides them
+        is used by nobody, and left out by XLA.
+        """
+
+        def attend(
+            number: int | Array,
+            q: Float[Array, "B T N H"],
+            _k: Array,
+            _v: Array,
+            w_o: _Weights,
+            state: _State,
+        ) -> tuple[Float[Array, "B T N H"], _State]:
+            layer = _Layer(number, *state[2].place(number), self.specs[0])
+            return jnp.zeros_like(q), self._evict(layer, w_o, state)
+
+        nothing = jnp.zeros((state[0].shape[0], 1), jnp.int32)
+        return model(nothing, nothing, attend, state)[1]
+
+    def _evict_one_of(
+        self,
+        layers: Sequence[_Layer],
+        weights: Sequence[_Weights],
+        i: Int[Array, ""],
+        state: _State,
+    ) -> _State:
+        if len(layers) == 1:
+            return self._evict(layers[0], weights[0], state)
+        numbers = jnp.asarray([(layer.number, layer.row) for layer in layers], jnp.int32)
+        layer = layers[0]._replace(number=numbers[i, 0], row=numbers[i, 1])
+        # Chosen, not stacked before: that would be a copy of them all.
+        w_o = jax.lax.switch(i, [functools.partial(_itself, own) for own in weights])
+        return self._evict(layer, w_o, state)
+
+    def _evict(self, layer: _Layer, w_o: _Weights, state: _State) -> _State:
+        count, position, cache = state
+        assert cache.eviction is not None
+        stack = cache.stacks[layer.stack]
+        rows = self.full(cache, stack.used[layer.row], stack.size(layer.row), count)
+        heads = (w_o.w_o if isinstance(w_o, Projection) else w_o).shape[0]
+        evict = functools.partial(
+            evict_rows,
+            row=layer.row,
+            full=rows,
+            q=stack.last_queries(layer.row, position),
+            position=position,
+            w_o=w_o,
+            eviction=cache.eviction,
+            spec=layer.spec.share(heads),
+            layer=layer.number,
+            num_layers=len(self.specs),
+            by_slot=cache.by_slot,
+        )
+        bare = dataclasses.replace(stack, queries=None)
+        bare = _once(jnp.any(rows), evict, bare) if self.on_mesh else evict(bare)
+        stack = dataclasses.replace(bare, queries=stack.queries)
+        return count, position, cache.with_stack(layer.stack, stack)
+
+
+def _alike(
+    cache: KVCache, specs: Sequence[LayerSpec], projections: Sequence[_Weights]
+) -> list[tuple[list[_Layer], list[_Weights]]]:
+    """Layers that are evicted, and their output projections, those together that are alike."""
+    found: dict[object, tuple[list[_Layer], list[_Weights]]] = {}
+    for number, (spec, w_o) in enumerate(zip(specs, projections, strict=True)):
+        if spec.window is not None:
+            continue
+        stack, row = cache.rows[number]
+        shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(w_o))
+        # A row that is not static needs layers of one size.
+        alone = row if len(set(cache.stacks[stack].sizes)) > 1 else None
+        layers, weights = found.setdefault((stack, spec, shapes, alone), ([], []))
+        layers.append(_Layer(number, stack, row, spec))
+        weights.append(w_o)
+    return list(found.values())
 
 
 def _once(needed: Bool[Array, ""], change: Callable[[Tree], Tree], tree: Tree) -> Tree:
@@ -127,138 +229,17 @@ def _once(needed: Bool[Array, ""], change: Callable[[Tree], Tree], tree: Tree) -
     return bits.while_loop(lambda state: state[0], run, (needed, tree))[1]
 
 
-def evict_rows(
-    stack: LayerStack,
-    *,
-    row: int | Array,
-    full: Bool[Array, " B"],
-    q: Float[Array, "B N W H"],
-    position: Int[Array, " B"],
-    w_o: Float[Array, "N H D"] | Projection,
-    eviction: DecodeEviction,
-    spec: LayerSpec,
-    layer: int | Array,
-    num_layers: int,
-    by_slot: bool = False,
-) -> LayerStack:
-    """Brings one layer down to the budget in those rows of the batch that are full.
-
-    Args:
-        stack: the layer's stack.
-        row: the layer's row there.
-        full: True for the rows of the batch to evict.
-        q: the last queries, in order.
-        position: position of the next token.
-        w_o: the layer's output projection.
-        eviction: policy and budget.
-        spec: of the layer.
-        layer: index of the layer.
-        num_layers: layers of the model.
-        by_slot: keys are turned to their new slots, see `CachePlan.rope`.
-    """
-    slots = stack.layer(row)
-    ordered, order = in_order(slots)
-    inputs = cache_inputs(ordered, stack.heads, q, position, w_o, spec, layer, num_layers)
-    # Empty columns come first, and so the entries that stay are in order of position.
-    (k, v, positions, columns), carried = keep(
-        eviction.policy,
-        inputs,
-        ordered.k,
-        ordered.v,
-        capacity=min(eviction.budget, stack.size(row)),
-    )
-    if by_slot:
-        assert spec.rotary is not None
-        assert not isinstance(k, QuantArray)  # refused by the plan
-        shift = jnp.arange(columns.shape[-1]) - compact(order, columns)
-        k = rerotate(k, shift, spec.rotary)
-    kept = LayerSlots(k=k, v=v, positions=positions, owners=None, carried=carried)
-    padding = stack.size(row) - columns.shape[-1]
-    held = [
-        jnp.where(_like(full, old), _pad(new, padding, fill), old)
-        for new, old, fill in zip(
-            jax.tree.leaves(kept), jax.tree.leaves(slots), _fills(slots), strict=True
-        )
-    ]
-    stack = stack.with_layer(row, jax.tree.unflatten(jax.tree.structure(slots), held))
-    if by_slot:  # all layers go on at the same slot
-        entries = jnp.full_like(position, columns.shape[-1])
-    else:
-        entries = jnp.max(jnp.sum(columns >= 0, axis=-1, dtype=jnp.int32), axis=-1)
-    used = stack.used.at[row].set(jnp.where(full, entries, stack.used[row]))
-    return dataclasses.replace(stack, used=used)
+def _queries(cache: KVCache) -> list[Array | None]:
+    return [stack.queries for stack in cache.stacks]
 
 
-def _with_queries(cache: KVCache, queries: Sequence[Array | None]) -> KVCache:
-    stacks = zip(cache.stacks, queries, strict=True)
+def _with_queries(cache: KVCache, queries: Sequence[Array | None] | None) -> KVCache:
+    own = [None] * len(cache.stacks) if queries is None else queries
+    stacks = zip(cache.stacks, own, strict=True)
     return dataclasses.replace(
-        cache, stacks=tuple(dataclasses.replace(stack, queries=own) for stack, own in stacks)
+        cache, stacks=tuple(dataclasses.replace(stack, queries=of) for stack, of in stacks)
     )
 
 
-def in_order(slots: LayerSlots) -> tuple[LayerSlots, Int[Array, "B J S"]]:
-    """A cache's entries in order of position, the empty slots first, and where each was."""
-    order = jnp.argsort(slots.positions, axis=-1)
-    entries = slots.k, slots.v, slots.positions
-    k, v, positions = jax.tree.map(lambda x: compact(x, order), entries)
-    carried = None if slots.carried is None else compact_carried(slots.carried, order)
-    return LayerSlots(k=k, v=v, positions=positions, owners=None, carried=carried), order
-
-
-def cache_inputs(
-    slots: LayerSlots,
-    heads: int,
-    q: Float[Array, "B N W H"],
-    position: Int[Array, " B"],
-    w_o: Array | Projection,
-    spec: LayerSpec,
-    layer: int | Array,
-    num_layers: int,
-) -> LayerInputs:
-    """A cache's slots as a policy sees them.
-
-    Args:
-        slots: of one layer, in order.
-        heads: sets of entries that it keeps.
-        q: the last queries, in order.
-        position: of the next token.
-        w_o: the layer's output projection.
-        spec: of the layer.
-        layer: index of the layer.
-        num_layers: layers of the model.
-    """
-    if not isinstance(w_o, Projection):
-        w_o = Projection(w_o=w_o, factor=output_factor(w_o))
-    k, v = (
-        dequantize(x, jnp.float32) if isinstance(x, QuantArray) else x for x in (slots.k, slots.v)
-    )
-    return LayerInputs(
-        q=q,
-        k=k,
-        v=v,
-        factor=w_o.factor,
-        lengths=position,
-        # Sets by query head have keys and values of their own.
-        spec=dataclasses.replace(spec, num_kv_heads=heads),
-        w_o=w_o.w_o,
-        index=layer,
-        num_layers=num_layers,
-        cached_positions=slots.positions,
-        carried=slots.carried,
-    )
-
-
-def _fills(slots: LayerSlots) -> list[int]:
-    # Empty slots: no position, nothing carried, and zeros for what is stored there.
-    marks = jax.tree.map(lambda _: 0, slots)._replace(positions=-1)
-    return jax.tree.leaves(marks._replace(carried=None if slots.carried is None else -1))
-
-
-def _pad(x: Array, slots: int, fill: int) -> Array:
-    widths = [(0, 0)] * x.ndim
-    widths[2] = (0, slots)
-    return jnp.pad(x, widths, constant_values=fill)
-
-
-def _like(rows: Bool[Array, " B"], x: Array) -> Array:
-    return rows.reshape(-1, *(1,) * (x.ndim - 1))
+def _itself(x: Tree) -> Tree:
+    return x

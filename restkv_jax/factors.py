@@ -79,17 +79,31 @@ def with_output_factors(model: CausalLM) -> FactoredLM:
 
 @jax.jit
 def _factors(model: CausalLM) -> tuple[Float[Array, "N H R"], ...]:
-    found: list[Array] = []
+    projections = output_projections(model)
+    if not projections:
+        raise ValueError("model: expected an unrolled loop over layers, got a scan")
+    return tuple(output_factor(cast(Array, w_o)) for w_o in projections)
+
+
+def output_projections(model: CausalLM) -> tuple[Float[Array, "N H D"] | Projection, ...]:
+    """What the model hands to `attend` in each layer; nothing if it scans over its layers.
+
+    It runs on one token, for nobody: under `jit`, XLA leaves out what is not used.
+
+    Args:
+        model: one that is not sharded.
+    """
 
     def attend(
-        layer: int | Array, q: Array, k: Array, v: Array, w_o: Array | Projection, state: None
-    ) -> tuple[Array, None]:
-        del k, v
-        if not isinstance(layer, int):
-            raise ValueError("model: expected an unrolled loop over layers, got a scan")
-        found.append(output_factor(cast(Array, w_o)))
-        return jnp.zeros_like(q), state
+        layer: int | Array,
+        q: Float[Array, "B T N H"],
+        _k: Array,
+        _v: Array,
+        w_o: Float[Array, "N H D"] | Projection,
+        found: tuple[Float[Array, "N H D"] | Projection, ...],
+    ) -> tuple[Float[Array, "B T N H"], tuple[Float[Array, "N H D"] | Projection, ...]]:
+        return jnp.zeros_like(q), (*found, w_o) if isinstance(layer, int) else found
 
     token = jnp.zeros((1, 1), jnp.int32)
-    model(token, token, attend, None)
-    return tuple(found)
+    _, found = model(token, token, attend, ())
+    return found

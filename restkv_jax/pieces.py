@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.varying import vary_like
 from restkv_jax.cache import KVCache, init_cache
 from restkv_jax.compression import compress
-from restkv_jax.eviction import cache_inputs, in_order
 from restkv_jax.feed import feed
+from restkv_jax.layer_eviction import cache_inputs, in_order
 from restkv_jax.plan import CachePlan, check_plans
 from restkv_jax.policies import Full
 from restkv_jax.policies.base import ALL_QUERIES

@@ -114,6 +114,28 @@ class ShardedLM:
         hidden, state = self.model(tokens, positions, on_shards, state)
         return jax.lax.with_sharding_constraint(hidden, by_row), state
 
+    def on_shards(
+        self,
+        compute: Callable[[State, tuple[Any, ...]], State],
+        state: State,
+        weights: tuple[Any, ...],
+    ) -> State:
+        """`compute(state, weights)` on each device's own rows and heads.
+
+        Args:
+            compute: as `attend`, it may close over static values only.
+            state: caches, and arrays that lead with the batch.
+            weights: arrays that lead with the query heads.
+        """
+        specs, shards = self.rules.specs(state), self.rules.shards("kv_heads")
+
+        def local(state: State, weights: tuple[Any, ...]) -> State:
+            state = compute(_with_heads(state, lambda n: n // shards), weights)
+            return _with_heads(state, lambda n: n * shards)
+
+        inputs = specs, self.rules.spec("query_heads")
+        return self.rules.on_devices(local, inputs, specs)(state, weights)
+
     def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """The model's."""
         return self.model.unembed(hidden)

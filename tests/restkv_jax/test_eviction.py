@@ -28,6 +28,7 @@ from restkv_jax.decode import (
     decode_chunk,
     decode_step,
     generate,
+    init_cache,
     init_decode,
     pad_prompts,
     prefill,
@@ -35,6 +36,7 @@ from restkv_jax.decode import (
 )
 from tests.pallas_kernels.lowering import lowered
 from tests.restkv_jax import dense, oracle, tiny
+from tests.restkv_jax.jaxprs import counts
 
 W, BUDGET, EVERY, PROMPT, STEPS = 4, 14, 5, 20, 33
 NO_STOP = jnp.asarray([-1])
@@ -253,14 +255,32 @@ def test_decoding_sees_what_the_evicted_cache_holds(model):
     np.testing.assert_allclose(np.stack(logits), expected[PROMPT:], atol=3e-5)
 
 
+def test_layers_that_are_alike_are_compiled_once():
+    def sorts(layers, **options):
+        model = tiny.make(layers=layers)
+        cache = init_cache(
+            model.layer_specs,
+            plan_of(RestKV(window=W), **options),
+            batch=1,
+            prompt_columns=PROMPT,
+            dtype=jnp.float32,
+        )
+        step = jax.make_jaxpr(decode_step)(model, cache, jnp.zeros(1, jnp.int32), jnp.ones(1, bool))
+        return counts(step.jaxpr)["sort"]
+
+    assert sorts(5) == sorts(2) > 0
+    assert sorts(3, budget=(40, 50, 60)) == 3 * sorts(2)  # each layer of a size of its own
+
+
 @pytest.mark.parametrize(
     "policy", [RestKV(window=W, carry_over=True), H2O(window=W), TOVA()], ids=lambda p: p.name
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
-def test_eviction_inside_the_loop_copies_no_cache(model, policy, dtype):
+@pytest.mark.parametrize("budget", [900, (900, 950)], ids=["alike", "by_layer"])
+def test_eviction_inside_the_loop_copies_no_cache(model, policy, dtype, budget):
     model = tiny.cast(model, dtype)
     columns, batch = 1024, 2
-    plan = plan_of(policy, budget=900, decode_budget=800, evict_every=100)
+    plan = plan_of(policy, budget=budget, decode_budget=800, evict_every=100)
     shape = jax.ShapeDtypeStruct
 
     def start(model, tokens, valid):
