@@ -87,7 +87,7 @@ _FIGURES = {
 # share their program: those of longbench, needle and fidelity, of infinitebench and humaneval.
 _OPTIONS = {
     "longbench": "--together --budget 128 --offline-length 1024 --offline-rows 3",
-    "ruler": "--together --lengths 1024 --rows 3 --tasks niah_single_1,niah_multikey_1,vt",
+    "ruler": "--together --lengths 1024 --rows 2 --tasks niah_single_1,niah_multikey_1,vt",
     "needle": "--together --budget 128 --lengths 832,1024 --depths 0,25,50,75,100 --rows 1",
     "infinitebench": "--together --budget 128 --lengths 1024 --rows 2 --tasks passkey,kv_retrieval",
     "humaneval": "--together --budget 128 --lengths 1024 --max-new-tokens 80 --limit 4",
