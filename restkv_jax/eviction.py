@@ -37,7 +37,8 @@ def evict_full(
     is full, each of them evicts only if one of its own is.
 
     Layers that are alike take turns in one loop, which is compiled once, though the model's own
-    loop over its layers may be unrolled.
+    loop over its layers may be unrolled. On GPU, where the policy asks for output projections, the
+    host then also waits for each layer that is evicted, whose projection it chooses.
 
     Args:
         model: see `CausalLM`.
@@ -57,10 +58,10 @@ def evict_full(
     if not needed:
         return cache
     queries = _queries(cache)
-    projections = output_projections(model.model if isinstance(model, ShardedLM) else model)
 
     def evict_layers(cache: KVCache) -> KVCache:
         state = count, position, _with_queries(cache, queries)
+        projections = output_projections(model.model if isinstance(model, ShardedLM) else model)
         if not projections:
             state = turns.in_the_models_loop(model, state)
         elif isinstance(model, ShardedLM):
