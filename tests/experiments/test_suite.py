@@ -228,22 +228,30 @@ def test_the_selections_are_valid_command_lines(name, quick):
 def test_parts_share_programs():
     """The same policies and budget, room for answers, and columns that prompts are padded to."""
 
-    def shape(name, answer, *lengths):
+    def shape(name, answer, lengths="--lengths"):
         (part,) = parts_of((name,), quick=False)
         options = dict(itertools.pairwise(part.options))
-        columns = {bucket_length(length) for length in lengths}
-        return part.policies, options["--budget"], answer(options), columns
+        room = answer(options)
+        # A length is that of the prompt, or with the answer: a program serves both.
+        columns = {
+            bucket_length(columns)
+            for length in map(int, options[lengths].split(","))
+            for columns in (length, length - room)
+        }
+        return part.policies, options["--budget"], room, columns
 
     def longest(options):
         tasks = options["--tasks"].split(",")
         return max(INFINITEBENCH[task].max_new_tokens for task in tasks)
 
     offline = max(spec.max_new_tokens for spec in OFFLINE_SETS.values())
-    first = shape("longbench", lambda _: offline, 1024)
-    assert shape("needle", lambda _: MAX_NEW_TOKENS, 832 - MAX_NEW_TOKENS, 1024) == first
-    assert shape("fidelity", lambda options: int(options["--tokens"]), 1024) == first
-    second = shape("infinitebench", longest, 1024)
-    assert shape("humaneval", lambda options: int(options["--max-new-tokens"]), 1024) == second
+    first = shape("longbench", lambda _: offline, "--offline-length")
+    assert len(first[-1]) == 1
+    assert shape("needle", lambda _: MAX_NEW_TOKENS) == first
+    assert shape("fidelity", lambda options: int(options["--tokens"]), "--offline-length") == first
+    second = shape("infinitebench", longest)
+    assert len(second[-1]) == 1
+    assert shape("humaneval", lambda options: int(options["--max-new-tokens"])) == second
 
 
 def test_models_have_folders_of_their_own():

@@ -113,7 +113,10 @@ def test_the_decode_loop_copies_no_cache(scanned, batch, storage):
 
 
 def test_eviction_asks_the_host_once_a_step():
-    """Not once a layer: a host waits for what decides on a loop, if its turns are not known."""
+    """Not once a layer: a host waits for what decides on a loop, if its turns are not known.
+
+    Of a policy that reads no output projection: these are chosen by the host.
+    """
     model = tiny.cast(tiny.make(layers=3, heads=4, kv_heads=2, size=128, width=256), jnp.bfloat16)
     plan = CachePlan(policy=SnapKV(), budget=256, decode_budget=256, evict_every=64)
     program, stack = decode_loop(model, batch=3, columns=1024, kind=GPU, plan=plan)
