@@ -37,8 +37,10 @@ def evict_full(
     is full, each of them evicts only if one of its own is.
 
     Layers that are alike take turns in one loop, which is compiled once, though the model's own
-    loop over its layers may be unrolled. On GPU, where the policy asks for output projections, the
-    host then also waits for each layer that is evicted, whose projection it chooses.
+    loop over its layers may be unrolled. On GPU, where the policy asks for whole output
+    projections, the host then also waits for each layer that is evicted, whose projection it
+    chooses. That is so for those that read W_O itself, and for those that read its factor if the
+    model does not hand it over, see `FactoredLM`.
 
     Args:
         model: see `CausalLM`.
@@ -122,7 +124,7 @@ class _Turns:
         count, position, cache = state
         queries = _queries(cache)
         for layers, weights in _alike(cache, self.specs, projections):
-            evict = functools.partial(self._evict_one_of, layers, weights)
+            evict = functools.partial(self._evict_one_of, layers, _chooser(weights))
 
             def step(
                 cache: KVCache,
@@ -162,17 +164,15 @@ class _Turns:
     def _evict_one_of(
         self,
         layers: Sequence[_Layer],
-        weights: Sequence[_Weights],
+        projection: Callable[[Int[Array, ""]], _Weights],
         i: Int[Array, ""],
         state: _State,
     ) -> _State:
-        if len(layers) == 1:
-            return self._evict(layers[0], weights[0], state)
-        numbers = jnp.asarray([(layer.number, layer.row) for layer in layers], jnp.int32)
-        layer = layers[0]._replace(number=numbers[i, 0], row=numbers[i, 1])
-        # Chosen, not stacked before: that would be a copy of them all.
-        w_o = jax.lax.switch(i, [functools.partial(_itself, own) for own in weights])
-        return self._evict(layer, w_o, state)
+        layer = layers[0]
+        if len(layers) > 1:
+            numbers = jnp.asarray([(layer.number, layer.row) for layer in layers], jnp.int32)
+            layer = layer._replace(number=numbers[i, 0], row=numbers[i, 1])
+        return self._evict(layer, projection(i), state)
 
     def _evict(self, layer: _Layer, w_o: _Weights, state: _State) -> _State:
         count, position, cache = state
@@ -215,6 +215,23 @@ def _alike(
         layers.append(_Layer(number, stack, row, spec))
         weights.append(w_o)
     return list(found.values())
+
+
+def _chooser(projections: Sequence[_Weights]) -> Callable[[Int[Array, ""]], _Weights]:
+    """What gives one layer's output projection inside a loop over layers that are alike.
+
+    Factors are stacked, outside of the loop, and the device takes its turn's own. Whole projections
+    would take too much memory twice, and are switched between; what nobody reads is not computed.
+    """
+    if len(projections) == 1:
+        return lambda _: projections[0]
+    pairs = [own for own in projections if isinstance(own, Projection)]
+    whole = [own.w_o if isinstance(own, Projection) else own for own in projections]
+    branches = [functools.partial(_itself, own) for own in whole]
+    if not pairs:
+        return lambda i: jax.lax.switch(i, branches)
+    factors = jnp.stack([own.factor for own in pairs])
+    return lambda i: Projection(w_o=jax.lax.switch(i, branches), factor=factors[i])
 
 
 def _once(needed: Bool[Array, ""], change: Callable[[Tree], Tree], tree: Tree) -> Tree:

@@ -202,10 +202,6 @@ class LayerInputs:
             sliding_window=spec.window,
             **options,
         )
-        log_sums = self.log_sums
-        if log_sums is not None:
-            whole = self.probe is None and log_sums.shape[2] >= window
-            log_sums = log_sums[:, :, -window:] if whole else None
         return window_scores(
             q,
             k,
@@ -216,7 +212,7 @@ class LayerInputs:
             positions,
             form=form,
             weights=self.window_weights(window),
-            log_sums=log_sums,
+            log_sums=self._window_log_sums(window),
         )
 
     def of_window_weights(
@@ -231,28 +227,44 @@ class LayerInputs:
         def shared(weights: Array, *_: Array) -> Array:
             return reduce(weights)
 
-        def in_turn(_: Array, q: Array, k: Array, queries: Array, positions: Array) -> Array:
+        def in_turn(
+            _: Array, log_sums: Array | None, q: Array, k: Array, queries: Array, positions: Array
+        ) -> Array:
             batch, kv_heads = k.shape[:2]
             seen = window_visible(queries, positions, self.spec.window)
             seen = jnp.broadcast_to(seen, (batch, kv_heads, *seen.shape[2:]))
-            groups = q.reshape(batch, kv_heads, -1, *q.shape[2:])
+            q, log_sums = jax.tree.map(
+                lambda x: x.reshape(batch, kv_heads, -1, *x.shape[2:]), (q, log_sums)
+            )
 
-            def group(args: tuple[Array, Array, Array]) -> Array:
-                q, k, seen = args
-                scale, softcap = self.spec.scale, self.spec.softcap
-                return reduce(
-                    window_attention(q, k[:, None], seen[:, None], scale=scale, softcap=softcap)
+            def group(args: tuple[Array, Array, Array, Array | None]) -> Array:
+                q, k, seen, log_sums = args
+                weights = window_attention(
+                    q,
+                    k[:, None],
+                    seen[:, None],
+                    scale=self.spec.scale,
+                    softcap=self.spec.softcap,
+                    log_sums=log_sums,
                 )
+                return reduce(weights)
 
-            by_head = (jnp.moveaxis(x, 1, 0) for x in (groups, k, seen))
-            return jnp.moveaxis(jax.lax.map(group, tuple(by_head)), 0, 1).reshape(batch, -1)
+            by_head = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, seen, log_sums))
+            return jnp.moveaxis(jax.lax.map(group, by_head), 0, 1).reshape(batch, -1)
 
-        arrays = self.window_weights(window), *self._window_arrays(window)
+        log_sums = self._window_log_sums(window)
+        arrays = self.window_weights(window), log_sums, *self._window_arrays(window)
         return jax.lax.platform_dependent(*arrays, cpu=shared, default=in_turn)
 
     def window_visible(self, window: int) -> Bool[Array, "B M W T"]:
         """True where one of the last `window` queries may look."""
         return window_visible(self.query_positions(window), self.positions, self.spec.window)
+
+    def _window_log_sums(self, window: int) -> Float[Array, "B N W"] | None:
+        """Those of the window's queries, if the prompt's attention made them over all it sees."""
+        if self.log_sums is None or self.probe is not None or self.log_sums.shape[2] < window:
+            return None
+        return self.log_sums[:, :, -window:]
 
     def _window_weights(self, window: int) -> Float[Array, "B N W S"]:
         q, k, queries, positions = self._window_arrays(window)

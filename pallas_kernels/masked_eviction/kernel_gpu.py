@@ -103,9 +103,25 @@ def thresholds_triton(
     counts: Int[Array, " R"],
     *,
     call: Callable[..., tuple[Array, ...]] = triton_call,
-) -> Int[Array, " R"]:
-    """Bits of a threshold for each row, as `search_thresholds` wants it; all values at least 0."""
-    return _limits(values, counts, 1, call)[0][:, 0]
+) -> tuple[Int[Array, " R"], Int[Array, " R"]]:
+    """Thresholds and cuts, as `search_thresholds` wants them; all values at least 0."""
+    lists, columns = values.shape
+    blocks = -(-columns // _BLOCK)
+    limits, _, ties = _limits(values, counts, 1, call)
+    (cuts,) = call(
+        cut_kernel,
+        (values, limits, ties),
+        (jax.ShapeDtypeStruct((lists,), jnp.int32),),
+        name="eviction_cut",
+        grid=(lists,),
+        num_warps=4,
+        num_stages=1,
+        columns=columns,
+        blocks=blocks,
+        BLOCK=_BLOCK,
+        BLOCKS=triton.next_power_of_2(blocks),
+    )
+    return limits[:, 0], cuts
 
 
 def _limits(
@@ -220,6 +236,35 @@ def threshold_kernel(  # type: ignore[no-untyped-def]
         ties += tl.sum(tied, axis=0)
     tl.store(limits_ptr + 2 * head, threshold)
     tl.store(limits_ptr + 2 * head + 1, wanted - above)
+
+
+@triton.jit
+def cut_kernel(  # type: ignore[no-untyped-def]
+    # Inputs.
+    importance_ptr,  # [R, T]
+    limits_ptr,  # as `threshold_kernel` left them
+    ties_ptr,
+    # Outputs.
+    cuts_ptr,  # [R] the column behind the last score at the threshold that stays
+    # Static; capitals are powers of two.
+    columns: tl.constexpr,
+    blocks: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """One row of scores."""
+    row = tl.program_id(0).to(tl.int64)
+    threshold = tl.load(limits_ptr + 2 * row)
+    allowed = tl.load(limits_ptr + 2 * row + 1)
+    block = tl.arange(0, BLOCKS)
+    before = tl.load(ties_ptr + row * blocks + block, mask=block < blocks, other=allowed)
+    last = tl.maximum(tl.sum((before < allowed).to(tl.int32), axis=0) - 1, 0)
+    column = last * BLOCK + tl.arange(0, BLOCK)
+    bits = scores_of(importance_ptr + row * columns, column, columns)
+    rank = tl.load(ties_ptr + row * blocks + last)
+    rank += tl.cumsum((bits == threshold).to(tl.int32), axis=0)
+    missing = tl.sum((rank < allowed).to(tl.int32), axis=0)
+    tl.store(cuts_ptr + row, last * BLOCK + missing + 1)
 
 
 @triton.jit

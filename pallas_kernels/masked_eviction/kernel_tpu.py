@@ -115,11 +115,12 @@ def thresholds(
     counts: Int[Array, " R"],
     *,
     interpret: bool | pltpu.InterpretParams = False,
-) -> Int[Array, " R"]:
-    """Bits of a threshold for each row, as `search_thresholds` wants it; all values at least 0."""
+) -> tuple[Int[Array, " R"], Int[Array, " R"]]:
+    """Thresholds and cuts, as `search_thresholds` wants them; all values at least 0."""
     widths = ((0, 0), (0, -values.shape[1] % _LANES))
     rows = jnp.pad(values, widths, constant_values=-jnp.inf)[:, None]
-    return _limits(rows, counts, interpret)[:, 0, 0, 0]
+    limits = _limits(rows, counts, interpret)[:, 0, 0]
+    return limits[:, 0], limits[:, 1]
 
 
 def _limits(

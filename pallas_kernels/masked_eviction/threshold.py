@@ -18,6 +18,9 @@ from pallas_kernels.varying import vary_like
 # Strips of a row that are counted side by side; an int8 holds their number.
 _STRIPS = 16
 
+# Columns whose ties are counted together.
+_BLOCK = 256
+
 _INFINITY = 0x7F800000  # its bits in float32
 
 
@@ -32,10 +35,10 @@ def top_mask(values: Float[Array, "*B T"], counts: Int[Array, "*B"]) -> Bool[Arr
         counts: how many to mark in each row, from 1 to T.
     """
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
-    low, exact = search_thresholds(bits, counts)
-    return jax.lax.cond(
-        jnp.all(exact), lambda: bits >= low[..., None], lambda: _first_ties(bits, low, counts)
-    )
+    low, cut = search_thresholds(bits, counts)
+    # One comparison: from the cut on, an entry has to be larger.
+    behind = (jnp.arange(bits.shape[-1]) >= cut[..., None]).astype(jnp.int32)
+    return bits >= low[..., None] + behind
 
 
 def search_thresholds(
@@ -43,26 +46,29 @@ def search_thresholds(
     counts: Int[Array, "*B"],
     *,
     implementation: Implementation | None = None,
-) -> tuple[Int[Array, "*B"], Bool[Array, "*B"]]:
-    """A threshold that `counts` entries reach, or the largest that more reach; and which it is.
+) -> tuple[Int[Array, "*B"], Int[Array, "*B"]]:
+    """What tells the `counts` largest entries of each row: a threshold, and where its equals end.
 
-    The kernels are those with which `masked_eviction` begins: a program for each row, which reads
-    it from a cache or from VMEM.
+    They are those above the threshold, and those that equal it in the columns before the cut. The
+    kernels are those with which `masked_eviction` begins: a program for each row, which reads it
+    from a cache or from VMEM.
 
     Args:
         bits: at least 0.
         counts: how many entries to find in each row, from 1 to T.
         implementation: see `dispatch`.
 
+    Returns:
+        thresholds and cuts.
+
     Raises:
         NotImplementedError: the implementation that was named cannot run this.
     """
 
-    def by_kernel(thresholds: Callable[..., Array], bits: Array, counts: Array) -> Any:
+    def by_kernel(thresholds: Callable[..., Any], bits: Array, counts: Array) -> Any:
         values = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        low = thresholds(values.reshape(-1, values.shape[-1]), counts.reshape(-1))
-        low = low.reshape(counts.shape)
-        return low, row_sum(bits >= low[..., None]) == counts
+        found = thresholds(values.reshape(-1, values.shape[-1]), counts.reshape(-1))
+        return tuple(x.reshape(counts.shape) for x in found)
 
     def triton(*args: Array) -> Any:
         return by_kernel(run_triton("masked_eviction", "thresholds_triton"), *args)
@@ -82,22 +88,25 @@ def search_thresholds(
 
 def by_halves(
     bits: Int[Array, "*B T"], counts: Int[Array, "*B"]
-) -> tuple[Int[Array, "*B"], Bool[Array, "*B"]]:
+) -> tuple[Int[Array, "*B"], Int[Array, "*B"]]:
     """See `search_thresholds`; each step counts in a pass what reaches one threshold.
 
-    The search ends as soon as every row has met its count, at the latest after 31 steps.
+    The search ends as soon as every row has met its count, at the latest after 31 steps. Only ties
+    keep a row from it, and only then cuts are looked for.
     """
-    return _bisect(
+    low, exact = _bisect(
         lambda middle: row_sum(bits >= middle[..., None]),
         counts,
         vary_like(jnp.zeros_like(counts), bits, counts),
         jnp.full_like(counts, _INFINITY + 1),  # a step more, which costs less than a maximum
     )
+    whole = vary_like(jnp.full_like(counts, bits.shape[-1]), bits, counts)
+    return low, jax.lax.cond(jnp.all(exact), lambda: whole, lambda: _cut_of_ties(bits, low, counts))
 
 
 def by_digits(
     bits: Int[Array, "*B T"], counts: Int[Array, "*B"]
-) -> tuple[Int[Array, "*B"], Bool[Array, "*B"]]:
+) -> tuple[Int[Array, "*B"], Int[Array, "*B"]]:
     """See `search_thresholds`; eight passes count for the 15 values of the next four bits each.
 
     How many there are is known, so that the host of a GPU waits for none of them. XLA reads the
@@ -105,20 +114,17 @@ def by_digits(
     """
     unsigned = bits.astype(jnp.uint32)  # in which 15 << 28 is a number, though none of theirs
 
-    def digit(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, reached = state
+    def digit(i: Array, low: Array) -> Array:
         shift = 28 - 4 * i.astype(jnp.uint32)
         steps = [low + (jnp.uint32(d) << shift) for d in range(1, 16)]
         found = [row_sum(unsigned >= step[..., None]) for step in steps]
         for step, count in zip(steps, found, strict=True):
-            enough = count >= counts
-            low, reached = jnp.where(enough, step, low), jnp.where(enough, count, reached)
-        return low, reached
+            low = jnp.where(count >= counts, step, low)
+        return low
 
-    everything = jnp.full_like(counts, bits.shape[-1])
-    start = vary_like((jnp.zeros(counts.shape, jnp.uint32), everything), bits, counts)
-    low, reached = jax.lax.fori_loop(0, 8, digit, start)
-    return low.astype(jnp.int32), reached == counts
+    start = vary_like(jnp.zeros(counts.shape, jnp.uint32), bits, counts)
+    low = jax.lax.fori_loop(0, 8, digit, start).astype(jnp.int32)
+    return low, _cut_of_ties(bits, low, counts)
 
 
 def row_sum(x: Int[Array, "*B T"] | Bool[Array, "*B T"]) -> Int[Array, "*B"]:
@@ -144,23 +150,27 @@ def row_sum(x: Int[Array, "*B T"] | Bool[Array, "*B T"]) -> Int[Array, "*B"]:
     return jax.lax.platform_dependent(x, cpu=by_strips, default=along_row)
 
 
-def _first_ties(
+def _cut_of_ties(
     bits: Int[Array, "*B T"], low: Int[Array, "*B"], counts: Int[Array, "*B"]
-) -> Bool[Array, "*B T"]:
-    """Marks what lies above `low`, and the first of what equals it up to the count."""
-    above, ties = bits >= low[..., None], bits == low[..., None]
-    surplus = row_sum(above) - counts
-    columns = bits.shape[-1]
-    index = jnp.arange(columns)
-    cut, _ = _bisect(
-        lambda middle: row_sum(ties & (index < columns - middle[..., None])),
-        row_sum(ties) - surplus,
-        jnp.zeros_like(counts),
-        jnp.full_like(counts, columns + 1),
-        done=surplus == 0,
-    )
-    dropped = ties & (index >= columns - cut[..., None])
-    return above & ~(dropped & (surplus > 0)[..., None])
+) -> Int[Array, "*B"]:
+    """The column before which what equals a threshold belongs to the `counts` largest.
+
+    Ties are counted by block, and the last one that belongs is looked for in its own block.
+    """
+    columns, block = bits.shape[-1], min(_BLOCK, bits.shape[-1])
+
+    def by_block(marked: Bool[Array, "*B T"]) -> Int[Array, "*B blocks"]:
+        marked = jnp.pad(marked, [(0, 0)] * (bits.ndim - 1) + [(0, -columns % block)])
+        return row_sum(marked.reshape(*marked.shape[:-1], -1, block))
+
+    wanted = (counts - jnp.sum(by_block(bits > low[..., None]), axis=-1))[..., None]
+    until = jnp.cumsum(by_block(bits == low[..., None]), axis=-1)
+    last = jnp.sum(until < wanted, axis=-1, keepdims=True)
+    before = jnp.where(last > 0, jnp.take_along_axis(until, last - 1, axis=-1), 0)
+    own = last * block + jnp.arange(block)
+    tied = jnp.take_along_axis(bits, own, axis=-1, mode="clip") == low[..., None]
+    rank = before + jnp.cumsum(tied & (own < columns), axis=-1)
+    return last[..., 0] * block + jnp.sum(rank < wanted, axis=-1) + 1
 
 
 def _bisect(
@@ -168,7 +178,6 @@ def _bisect(
     wanted: Int[Array, "*B"],
     low: Int[Array, "*B"],
     high: Int[Array, "*B"],
-    done: Bool[Array, "*B"] | None = None,
 ) -> tuple[Int[Array, "*B"], Bool[Array, "*B"]]:
     """The largest x in [low, high) with count(x) >= wanted, count falling; or one that meets it.
 
@@ -191,7 +200,6 @@ def _bisect(
             exact | (found == wanted),
         )
 
-    exact = jnp.zeros(low.shape, bool) if done is None else done
-    start = vary_like((low, high, exact), wanted, low)
+    start = vary_like((low, high, jnp.zeros(low.shape, bool)), wanted, low)
     low, _, exact = jax.lax.while_loop(unfinished, halve, start)
     return low, exact

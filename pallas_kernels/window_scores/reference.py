@@ -156,12 +156,15 @@ def window_attention(
     *,
     scale: float,
     softcap: float | None = None,
+    log_sums: Float[Array, "B N W"] | None = None,
 ) -> Float[Array, "B N W T"]:
     """Softmax weights of the window's queries over all keys; rows that see nothing are 0.
 
-    Arguments as of `window_logits`.
+    Arguments as of `window_logits`, and `log_sums` as of `window_scores`.
     """
     logits = window_logits(q, k, visible, scale=scale, softcap=softcap)
+    if log_sums is not None:
+        return jax.lax.optimization_barrier(jnp.exp(logits - log_sums[..., None]))
     peak = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
     total = jnp.sum(weights, axis=-1, keepdims=True)

@@ -130,6 +130,14 @@ def copies_of(program, stack):
     return [line for line in lines if any(name in line.split(" copy(")[0] for name in names)]
 
 
+def turns_of(program):
+    """How many turns each loop takes; None where a host has to wait for what decides on it."""
+    assert " conditional(" not in program.as_text()
+    loops = (line for line in program.as_text().splitlines() if " while(" in line)
+    known = (re.search(r'"known_trip_count":\{"n":"(\d+)"', line) for line in loops)
+    return [turns and int(turns[1]) for turns in known]
+
+
 def kernels_of_the_loop(program):
     """How many kernels the longest computation launches, besides `main`: the body of the loop."""
     bodies = re.findall(r"\n(%[^\n]*\) -> [^\n]*\{\n.*?)\n\}", program.as_text(), re.DOTALL)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from pallas_kernels.masked_eviction import masked_eviction
 from pallas_kernels.masked_eviction.specs import SPECS as EVICTIONS
 from pallas_kernels.window_scores import window_scores
 from pallas_kernels.window_scores.specs import SPECS as SCORES
-from restkv_jax.decode import CachePlan, LayerSpec, SnapKV
+from restkv_jax.decode import CachePlan, LayerSpec, RestKV, SnapKV, with_output_factors
 from restkv_jax.prompt_attention import causal_attention
 from tests.pallas_kernels.lowering import GPU, compiled, needs_cuda_plugin
 from tests.pallas_kernels.programs import (
@@ -33,6 +34,7 @@ from tests.pallas_kernels.programs import (
     prefill_of_128k,
     prefill_split_by_the_caller,
     sharded_model_of_8b,
+    turns_of,
 )
 from tests.restkv_jax import tiny
 
@@ -112,17 +114,19 @@ def test_the_decode_loop_copies_no_cache(scanned, batch, storage):
     assert copies_of(program, stack) == []
 
 
-def test_eviction_asks_the_host_once_a_step():
+@pytest.mark.parametrize("policy", [SnapKV(), RestKV()], ids=lambda policy: policy.name)
+def test_eviction_asks_the_host_once_a_step(policy):
     """Not once a layer: a host waits for what decides on a loop, if its turns are not known.
 
-    Of a policy that reads no output projection: these are chosen by the host.
+    Nor for a layer's output projection, where its factor is at hand.
     """
     model = tiny.cast(tiny.make(layers=3, heads=4, kv_heads=2, size=128, width=256), jnp.bfloat16)
-    plan = CachePlan(policy=SnapKV(), budget=256, decode_budget=256, evict_every=64)
+    model = jax.eval_shape(with_output_factors, model)
+    plan = CachePlan(policy=policy, budget=256, decode_budget=256, evict_every=64)
     program, stack = decode_loop(model, batch=3, columns=1024, kind=GPU, plan=plan)
-    loops = [line for line in program.as_text().splitlines() if " while(" in line]
-    turns = [re.findall(r'"known_trip_count":\{"n":"(\d+)"', line) for line in loops]
-    assert sorted(turns) == [[], ["3"], ["4"]]  # of eviction, of its layers, of steps
+    # Of steps, of eviction, of its layers, and of the heads of the adaptive window.
+    turns = Counter([4, None, 3] + [2] * (policy.name == "restkv"))
+    assert Counter(turns_of(program)) == turns
     assert copies_of(program, stack) == []
 
 
@@ -178,9 +182,13 @@ def test_kernels_of_a_decode_step(batch, most):
 
 
 @pytest.mark.parametrize("layers", [2, 3])
-def test_memory_of_a_prefill_of_128k(layers):
-    """Of the shape of Llama-3.1-8B: arrays [T, D], with another layer less than 2 % of one more."""
+def test_a_prefill_of_128k(layers):
+    """Of the shape of Llama-3.1-8B: arrays [T, D], with another layer less than 2 % of one more.
+
+    The host waits for nothing until its end.
+    """
     program, array = prefill_of_128k(layers, GPU)
+    assert None not in turns_of(program)
     assert program.memory_analysis().temp_size_in_bytes < (4.57 + 0.02 * layers) * array
 
 

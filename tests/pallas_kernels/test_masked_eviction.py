@@ -110,10 +110,12 @@ def check_thresholds(thresholds):
     r = np.random.default_rng(0)
     values = np.stack([r.random(700), r.integers(0, 3, 700) / 4, np.zeros(700)]).astype(np.float32)
     for counts in ([1, 1, 1], [250, 250, 250], [700, 699, 700]):
-        found = np.asarray(thresholds(jnp.asarray(values), jnp.asarray(counts)))
-        for row, count, low in zip(values.view(np.int32), counts, found, strict=True):
-            reached, above = (row >= low).sum(), (row > low).sum()
-            assert reached == count or above < count < reached
+        lows, cuts = map(np.asarray, thresholds(jnp.asarray(values), jnp.asarray(counts)))
+        rows = zip(values, values.view(np.int32), counts, lows, cuts, strict=True)
+        for row, bits, count, low, cut in rows:
+            marked = (bits > low) | ((bits == low) & (np.arange(700) < cut))
+            largest = np.argsort(-row, kind="stable")[:count]
+            np.testing.assert_array_equal(np.flatnonzero(marked), np.sort(largest))
 
 
 def test_tpu_kernel_finds_thresholds():
