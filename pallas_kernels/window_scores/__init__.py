@@ -11,16 +11,18 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import Implementation, Kernel, dispatch
 from pallas_kernels.triton_extra import run_triton, without_triton
 from pallas_kernels.window_scores import kernel_tpu, reference
+from pallas_kernels.window_scores.attention import (
+    window_attention,
+    window_logits,
+    window_outputs,
+    window_visible,
+)
 from pallas_kernels.window_scores.form import Kind, ScoreForm
 from pallas_kernels.window_scores.reference import (
     aggregated_reconstruction,
     output_factor,
     over_queries,
     per_query_reconstruction,
-    window_attention,
-    window_logits,
-    window_outputs,
-    window_visible,
 )
 from pallas_kernels.window_scores.tiling import Tiling, default_tiling
 
