@@ -58,6 +58,7 @@ class Benchmark:
         record: format of the prediction files.
         finish: adds the benchmark's own files and tables to those of a finished run.
         regroup: see `session.run_session`.
+        most_together: likewise.
         settings: the runner's own options that influence a prediction, as plain JSON values.
     """
 
@@ -71,6 +72,7 @@ class Benchmark:
     record: Record = prediction_row
     finish: Finish | None = None
     regroup: Regroup | None = None
+    most_together: int | None = None
     settings: Mapping[str, Any]
 
 
@@ -152,6 +154,7 @@ def run_benchmark(
         record=benchmark.record,
         finish=benchmark.finish,
         regroup=benchmark.regroup,
+        most_together=benchmark.most_together,
     )
     print_tables(tables)
     print(f"results: {folder}")

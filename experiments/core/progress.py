@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TextIO
 
@@ -49,15 +50,23 @@ class RunProgress:
         if self._bars is not None:
             self._bars.stop()
 
-    def start_set(self, name: str, total: int, done: int) -> None:
-        """A set begins, `done` of its rows being there from an earlier run."""
-        self._name, self._total, self._resumed = name, total, done
+    def start_set(self, name: str, total: int, done: Sequence[int]) -> None:
+        """A set begins.
+
+        Args:
+            name: its name.
+            total: its rows.
+            done: rows that are there from an earlier run, for each cohort of policies that are
+                asked together.
+        """
+        self._name, self._total, self._resumed = name, total, min(done)
         self._started = time.monotonic()
         if self._bars is not None:
-            self._task = self._bars.add_task(name, total=total, completed=done)
+            asked = total * len(done)
+            self._task = self._bars.add_task(name, total=asked, completed=sum(done))
 
     def row_done(self) -> None:
-        """One more row is stored for every policy."""
+        """One more row is stored for a cohort."""
         if self._bars is not None and self._task is not None:
             self._bars.advance(self._task)
 

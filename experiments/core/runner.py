@@ -172,13 +172,12 @@ def evaluate(
 ) -> None:
     """Asks every row that is not stored yet, once for all policies of a cohort.
 
-    Every answer is on disk before the next row is begun, so a run can be stopped at any time and
-    goes on at the next row.
+    One cohort is asked after the other. Every answer is on disk before the next row is begun, so a
+    run can be stopped at any time and goes on at the next row.
 
     Args:
         sets: the sets, in order.
-        cohorts: labels of the policies, those together that are asked together: all of a run, but
-            for policies that came to it later.
+        cohorts: labels of the policies, those together that are asked together.
         ask: asks one row.
         store: where answers go.
         progress: is told of each row.
@@ -195,21 +194,20 @@ def evaluate(
     }
     for task in sets:
         spec = task.spec
-        first = min(counts[spec.name, policy] for policies in cohorts for policy in policies)
-        progress.start_set(spec.name, len(task.rows), first)
-        for index in range(first, len(task.rows)):
-            row = task.rows[index]
-            for policies in cohorts:
-                missing = [policy for policy in policies if counts[spec.name, policy] <= index]
-                if not missing:
-                    continue
+        firsts = [min(counts[spec.name, policy] for policy in policies) for policies in cohorts]
+        progress.start_set(spec.name, len(task.rows), firsts)
+        # All rows of a cohort before the next: its programs may be as many as a process can hold.
+        for policies, first in zip(cohorts, firsts, strict=True):
+            for index in range(first, len(task.rows)):
+                row = task.rows[index]
                 # All of the cohort, even where a kill between two of them left only some: together
                 # they are the same program as before, and round alike.
                 found = ask(spec, row, index, policies)
-                for policy in missing:
-                    cost = dataclasses.asdict(found[policy].cost)
-                    store.append(policy, spec.name, row, found[policy].prediction, cost)
-            progress.row_done()
+                for policy in policies:
+                    if counts[spec.name, policy] <= index:
+                        cost = dataclasses.asdict(found[policy].cost)
+                        store.append(policy, spec.name, row, found[policy].prediction, cost)
+                progress.row_done()
         progress.end_set()
 
 

@@ -63,6 +63,7 @@ def run_session(
     record: Record = prediction_row,
     finish: Finish | None = None,
     regroup: Regroup | None = None,
+    most_together: int | None = None,
     progress: RunProgress | None = None,
 ) -> list[TextTable]:
     """Runs, or goes on with, one evaluation.
@@ -85,6 +86,9 @@ def run_session(
         record: format of the prediction files.
         finish: adds the benchmark's own files and tables at the end.
         regroup: makes what errors, n and differences are of; None takes every row for itself.
+        most_together: policies that are asked together, at most; None asks all that a session
+            adds. Those that have programs of their own are read back from disk for each row where a
+            process cannot hold them all.
         progress: shows the progress; a default one if None.
 
     Returns:
@@ -97,7 +101,7 @@ def run_session(
     """
     with ResultStore.open(folder, config, record, growing="policies") as store:
         meta = store.read_meta()
-        before, cohorts = meta.get("sessions", []), _cohorts(meta, policies)
+        before, cohorts = meta.get("sessions", []), _cohorts(meta, policies, most_together)
         started = time.monotonic()
         session: dict[str, Any] = {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -141,11 +145,12 @@ def run_session(
         return tables
 
 
-def _cohorts(meta: Mapping[str, Any], policies: Sequence[str]) -> list[list[str]]:
+def _cohorts(meta: Mapping[str, Any], policies: Sequence[str], most: int | None) -> list[list[str]]:
     """Policies by the session that they came with, of a folder's `run_meta.json` and now."""
     known: list[list[str]] = meta.get("cohorts", [])
     added = [policy for policy in policies if not any(policy in cohort for cohort in known)]
-    return [*known, added] if added else known
+    step = most or len(policies)
+    return [*known, *(added[i : i + step] for i in range(0, len(added), step))]
 
 
 def _write_tables(

@@ -103,7 +103,7 @@ def measure(
     with RunProgress() as progress:
         for task in sets:
             name = task.spec.name
-            progress.start_set(name, len(task.rows), sum(key[0] == name for key in done))
+            progress.start_set(name, len(task.rows), [sum(key[0] == name for key in done)])
             for number, row in enumerate(task.rows):
                 if (name, number) in done:
                     for label, values in done[name, number].items():

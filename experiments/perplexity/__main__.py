@@ -26,6 +26,9 @@ from experiments.perplexity.documents import build_sets, cut_documents
 from experiments.perplexity.measure import Likelihoods, make_plans, mean_nll
 from experiments.perplexity.report import write_report
 
+# Policies; each has a program for either mode, and Linux lets a process hold some thirty.
+_MOST_TOGETHER = 16
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; the exit code is 0.
@@ -77,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             bins=args.bins,
             plots=not args.no_plots,
         ),
+        most_together=_MOST_TOGETHER,
         settings={
             "prompt": prompt,
             "plans": {

@@ -180,7 +180,7 @@ def test_row_seeds_differ():
     assert len(seeds) == 8
 
 
-def session(folder, engine, sets=SETS, changes=None, policies=None):
+def session(folder, engine, sets=SETS, changes=None, policies=None, most_together=None):
     policies = policies or POLICIES
     made = []
 
@@ -201,6 +201,7 @@ def session(folder, engine, sets=SETS, changes=None, policies=None):
         policies=policies,
         make_ask=lambda: generating(make_engine(), CharTokenizer(), OFFICIAL, 3),
         score=score_prediction,
+        most_together=most_together,
         progress=RunProgress(io.StringIO()),
     )
     return tables, len(made)
@@ -281,6 +282,26 @@ def test_policies_that_come_later_are_asked_alone(tmp_path):
         session(tmp_path / "whole", None)
     with pytest.raises(UserError, match="differs in: seed"):
         session(tmp_path / "whole", None, policies=(*more, "snapkv"), changes={"seed": 4})
+
+
+@pytest.mark.parametrize("stop", [None, 2, 7])
+def test_of_many_policies_some_are_asked_all_rows_before_others(tmp_path, stop):
+    many = (*POLICIES, "h2o", "tova", "knorm")
+    session(tmp_path / "whole", FakeEngine(), policies=many)
+    asked = []
+    for fail_after in (stop, None)[stop is None :]:
+        engine = FakeEngine(fail_after=fail_after)
+        with contextlib.suppress(KeyboardInterrupt):
+            session(tmp_path / "groups", engine, policies=many, most_together=2)
+        asked += [policies for _, policies, _ in engine.calls]
+    groups = [many[:2], many[2:4], many[4:]]
+    first, second = (len(task.rows) for task in SETS)
+    of_rows = [
+        *(g for g in groups for _ in range(first)),
+        *(g for g in groups for _ in range(second)),
+    ]
+    assert asked == of_rows
+    assert files(tmp_path / "whole") == files(tmp_path / "groups")
 
 
 def test_a_kill_in_the_middle_of_a_line_resumes_to_the_same_bytes(tmp_path):
