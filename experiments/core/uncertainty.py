@@ -21,6 +21,8 @@ Aggregate = Callable[[Sequence[Any]], float]
 RESAMPLES = 10_000
 # Of sets with an `Aggregate`, which runs once a draw and is Python.
 AGGREGATE_RESAMPLES = 1_000
+# That are drawn and held, of all policies the same.
+_ROWS_AT_ONCE = 2**22
 # Two-sided 95 %.
 _QUANTILES = (0.025, 0.975)
 # With fewer rows in a set there is no interval: draws of so few tell next to nothing.
@@ -222,10 +224,17 @@ def _drawn(scores: Scores, aggregates: Mapping[str, Aggregate]) -> dict[str, np.
 
 def _drawn_set(rows: Sequence[Sequence[Any]], seed: str, aggregate: Aggregate | None) -> np.ndarray:
     n, draws = len(rows[0]), AGGREGATE_RESAMPLES if aggregate else RESAMPLES
-    chosen = np.random.default_rng(zlib.crc32(seed.encode())).integers(0, n, (draws, n))
-    if aggregate is None:
-        return np.stack([np.asarray(row, np.float64)[chosen].mean(axis=1) for row in rows])
-    return np.array([[aggregate([row[i] for i in draw]) for draw in chosen] for row in rows])
+    random = np.random.default_rng(zlib.crc32(seed.encode()))
+    numbers = [] if aggregate else [np.asarray(row, np.float64) for row in rows]
+    parts = []
+    # So many at a time that memory does not grow with the rows; they are the same in any parts.
+    for first in range(0, draws, step := max(1, _ROWS_AT_ONCE // n)):
+        chosen = random.integers(0, n, (min(step, draws - first), n))
+        if aggregate is None:
+            parts.append([row[chosen].mean(axis=1) for row in numbers])
+        else:
+            parts.append([[aggregate([row[i] for i in draw]) for draw in chosen] for row in rows])
+    return np.concatenate(parts, axis=1)
 
 
 def _drawn_error(drawn: np.ndarray, rows: int) -> float | None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from experiments.core import uncertainty
 from experiments.core.uncertainty import (
     FEWEST_ROWS,
     Average,
@@ -120,6 +121,16 @@ def test_the_same_scores_give_the_same_intervals_in_any_company():
     assert pairs({"w": more, "x": rows, "y": more})["y", "x"] == alone
     fewer = pairs({"x": {"b": rows["b"]}, "y": {"b": more["b"]}})["y", "x"]
     assert fewer["sets"]["b"] == alone["sets"]["b"]
+
+
+@pytest.mark.parametrize("at_once", [1, 60, 10**9])
+def test_the_same_rows_are_drawn_in_parts_of_any_size(monkeypatch, at_once):
+    """How many are held at once, which bounds memory, changes no figure."""
+    r = np.random.default_rng(0)
+    scores = {policy: {"a": r.random(27).tolist(), "b": r.random(9).tolist()} for policy in "xy"}
+    whole = summarise(scores, digits=9, aggregates={"b": statistics.median})
+    monkeypatch.setattr(uncertainty, "_ROWS_AT_ONCE", at_once)
+    assert summarise(scores, digits=9, aggregates={"b": statistics.median}) == whole
 
 
 def test_rows_that_are_not_the_same_are_refused():
