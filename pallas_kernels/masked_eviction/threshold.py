@@ -37,7 +37,7 @@ def top_mask(values: Float[Array, "*B T"], counts: Int[Array, "*B"]) -> Bool[Arr
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
     low, cut = search_thresholds(bits, counts)
     # One comparison: from the cut on, an entry has to be larger.
-    behind = (jnp.arange(bits.shape[-1]) >= cut[..., None]).astype(jnp.int32)
+    behind = (jnp.arange(bits.shape[-1], dtype=jnp.int32) >= cut[..., None]).astype(jnp.int32)
     return bits >= low[..., None] + behind
 
 
@@ -159,18 +159,21 @@ def _cut_of_ties(
     """
     columns, block = bits.shape[-1], min(_BLOCK, bits.shape[-1])
 
+    total = functools.partial(jnp.sum, axis=-1, dtype=jnp.int32)
+    running = functools.partial(jnp.cumsum, axis=-1, dtype=jnp.int32)
+
     def by_block(marked: Bool[Array, "*B T"]) -> Int[Array, "*B blocks"]:
         marked = jnp.pad(marked, [(0, 0)] * (bits.ndim - 1) + [(0, -columns % block)])
         return row_sum(marked.reshape(*marked.shape[:-1], -1, block))
 
-    wanted = (counts - jnp.sum(by_block(bits > low[..., None]), axis=-1))[..., None]
-    until = jnp.cumsum(by_block(bits == low[..., None]), axis=-1)
-    last = jnp.sum(until < wanted, axis=-1, keepdims=True)
+    wanted = (counts - total(by_block(bits > low[..., None])))[..., None]
+    until = running(by_block(bits == low[..., None]))
+    last = total(until < wanted)[..., None]
     before = jnp.where(last > 0, jnp.take_along_axis(until, last - 1, axis=-1), 0)
-    own = last * block + jnp.arange(block)
+    own = last * block + jnp.arange(block, dtype=jnp.int32)
     tied = jnp.take_along_axis(bits, own, axis=-1, mode="clip") == low[..., None]
-    rank = before + jnp.cumsum(tied & (own < columns), axis=-1)
-    return last[..., 0] * block + jnp.sum(rank < wanted, axis=-1) + 1
+    rank = before + running(tied & (own < columns))
+    return last[..., 0] * block + total(rank < wanted) + 1
 
 
 def _bisect(
