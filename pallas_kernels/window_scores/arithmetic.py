@@ -17,6 +17,17 @@ def product(x: Float[Array, "*B M R"], y: Float[Array, "*B R C"]) -> Float[Array
     return jnp.matmul(x, y, precision=FLOAT32)
 
 
+def three_parts(x: Float[Array, "N H R"]) -> Float[Array, "parts N H R"]:
+    """Three of bfloat16, the smallest first, whose sum is x, a float32 that is not tiny."""
+    parts: list[Array] = []
+    for _ in range(3):
+        # XLA may leave out a conversion to bfloat16 and back, but not this.
+        part = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        parts.insert(0, part.astype(jnp.bfloat16))
+        x -= part
+    return jnp.stack(parts)
+
+
 def norm(x: Float[Array, "*B R"]) -> Float[Array, "*B"]:
     """‖x‖, whose derivative at 0 is taken for 0."""
     # A product with ones: on CPU a sum over the last axis takes longer.

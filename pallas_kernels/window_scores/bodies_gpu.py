@@ -1,4 +1,4 @@
-"""Triton kernels of `kernel_gpu`. Static arguments in capitals are powers of two.
+"""Triton kernels of `kernel_gpu` that read keys. Static arguments in capitals are powers of two.
 
 A list is a key/value head of a row of the batch, of B · K. All its G query heads share its keys;
 their rows are M = G · W.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton_functions import soft_cap
+from pallas_kernels.triton_functions import load_entries, soft_cap
+from pallas_kernels.window_scores.distances_gpu import project, to_power
 
 _NO_COLUMN = tl.constexpr(2**31 - 1)  # larger than every column
 
@@ -112,7 +113,7 @@ def statistics_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def scores_kernel(  # type: ignore[no-untyped-def]
-    # Inputs; X is W for the form by query, 1 for the aggregated one.
+    # Inputs.
     q_ptr,  # [lists, M, H]
     k_ptr,  # [lists, T, H]
     v_ptr,  # [lists, T, H]
@@ -121,11 +122,12 @@ def scores_kernel(  # type: ignore[no-untyped-def]
     mean_ptr,  # [W] the rows' weights
     peak_ptr,  # [lists, M]
     per_total_ptr,  # [lists, M]
-    output_ptr,  # [lists, G * X, R], or H of the aggregated form
-    held_ptr,  # [lists, G * X] columns whose score is known
-    exact_ptr,  # [lists, G * X] their scores
+    # Of the form by query alone.
+    output_ptr,  # [lists, M, R]
+    held_ptr,  # [lists, M] columns whose score is known
+    exact_ptr,  # [lists, M] their scores
     per_norm_ptr,  # [lists, M]
-    factor_ptr,  # [N, H, R]
+    factor_ptr,  # [PARTS, N, H, R]
     # Outputs.
     scores_ptr,  # [lists, G, P]
     # Static.
@@ -140,31 +142,34 @@ def scores_kernel(  # type: ignore[no-untyped-def]
     scale: tl.constexpr,
     softcap: tl.constexpr,
     sliding_window: tl.constexpr,
-    tau: tl.constexpr,
     power: tl.constexpr,
     precision: tl.constexpr,
-    kind: tl.constexpr,
     MAXIMUM: tl.constexpr,
+    BY_QUERY: tl.constexpr,
+    PARTS: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
     SIZE: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """Pass 2: one block of keys, every query head that shares it."""
+    """Pass 2 over the keys: one block of them, every query head that shares it.
+
+    The rows' average of their weights, or of their errors.
+    """
     of = tl.program_id(1).to(tl.int64)
     batch = of // kv_heads
     column = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     places_ptr += (batch * place_heads + of % kv_heads % place_heads) * columns
     place = tl.load(places_ptr + column, mask=column < past, other=-1)
     k = load_entries(k_ptr, of * columns + column, place >= 0, size, SIZE)
-    if kind != "attention":
-        v = load_entries(v_ptr, of * columns + column, place >= 0, size, SIZE).to(tl.float32)
+    if BY_QUERY:
+        v = load_entries(v_ptr, of * columns + column, place >= 0, size, SIZE)
     w = tl.arange(0, WINDOW)
     is_row = w < window
     position = tl.load(rows_ptr + batch * window + w, mask=is_row, other=-1)
     mean = tl.load(mean_ptr + w, mask=is_row, other=0.0)
-    number = tl.arange(0, SIZE)
     r = tl.arange(0, RANK)
+    part = kv_heads * group * size * rank
     for g in range(group):
         head = of * group + g
         row = head * window + w
@@ -174,29 +179,14 @@ def scores_kernel(  # type: ignore[no-untyped-def]
         )
         peak = tl.load(peak_ptr + row, mask=is_row, other=0.0)
         per_total = tl.load(per_total_ptr + row, mask=is_row, other=0.0)
-        a = tl.exp(logits - peak[None, :]) * per_total[None, :]  # [C, W]
-        factor_of = factor_ptr + (of % kv_heads * group + g) * size * rank
-        if kind == "attention":
-            score = over_rows(a, mean, MAXIMUM)
-        if kind == "aggregated":
-            averaged = over_rows(a, mean, MAXIMUM)
-            output = tl.load(output_ptr + head * size + number, mask=number < size, other=0.0)
-            gap = output[None, :] - v
-            squared = tl.zeros([KEYS], tl.float32)
-            for first in range(0, rank, RANK):
-                factor = load_factor(factor_of, number, first + r, size, rank)
-                projected = tl.dot(gap, factor, input_precision=precision)
-                squared += tl.sum(projected * projected, axis=1)
-            held = column == tl.load(held_ptr + head)
-            odds = averaged / (1.0 - tl.where(held, 0.0, averaged))
-            score = odds * to_power(tl.sqrt(squared), tau)
-            score = tl.where(held, tl.load(exact_ptr + head), score)
-            score = tl.where(averaged > 0.0, score, 0.0)
-        if kind == "per_query":
+        values = tl.exp(logits - peak[None, :]) * per_total[None, :]  # [C, W]
+        if BY_QUERY:
             distance = tl.zeros([KEYS, WINDOW], tl.float32)
+            begin = (of % kv_heads * group + g) * size * rank
             for first in range(0, rank, RANK):
-                factor = load_factor(factor_of, number, first + r, size, rank)
-                projected = tl.dot(v, factor, input_precision=precision)  # [C, R]
+                projected = project(
+                    v, factor_ptr, begin, first + r, part, size, rank, precision, PARTS
+                )
                 output = tl.load(
                     output_ptr + row[:, None] * rank + (first + r)[None, :],
                     mask=is_row[:, None] & (first + r < rank)[None, :],
@@ -205,28 +195,13 @@ def scores_kernel(  # type: ignore[no-untyped-def]
                 gaps = projected[:, None, :] - output[None, :, :]
                 distance += tl.sum(gaps * gaps, axis=2)
             held = column[:, None] == tl.load(held_ptr + row, mask=is_row, other=-1)[None, :]
-            odds = a / (1.0 - tl.where(held, 0.0, a))
+            odds = values / (1.0 - tl.where(held, 0.0, values))
             per_norm = tl.load(per_norm_ptr + row, mask=is_row, other=0.0)
             error = to_power(odds * tl.sqrt(distance) * per_norm[None, :], power)
             exact = tl.load(exact_ptr + row, mask=is_row, other=0.0)
-            error = tl.where(held, exact[None, :], error)
-            score = over_rows(tl.where(a > 0.0, error, 0.0), mean, MAXIMUM)
+            values = tl.where(values > 0.0, tl.where(held, exact[None, :], error), 0.0)
+        score = tl.max(values, axis=1) if MAXIMUM else tl.sum(values * mean[None, :], axis=1)
         tl.store(scores_ptr + head * past + column, score, mask=column < past)
-
-
-@triton.jit
-def load_entries(ptr, at, wanted, size: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows of `size` numbers, zeros in what is not wanted."""
-    number = tl.arange(0, SIZE)
-    inside = wanted[:, None] & (number < size)[None, :]
-    return tl.load(ptr + at[:, None].to(tl.int64) * size + number[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def load_factor(ptr, number, r, size: tl.constexpr, rank: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Some columns of one head's factor."""
-    inside = (number < size)[:, None] & (r < rank)[None, :]
-    return tl.load(ptr + number[:, None] * rank + r[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -261,18 +236,3 @@ def add_weighted(weights, v, sums, scored, ONLY_PAST: tl.constexpr):  # type: ig
     else:
         sums = tl.dot(weights, v.to(tl.float32), sums, input_precision="ieee")
     return sums
-
-
-@triton.jit
-def over_rows(x, mean, MAXIMUM: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[C] of [C, W]; what is not a row is 0 in both."""
-    return tl.max(x, axis=1) if MAXIMUM else tl.sum(x * mean[None, :], axis=1)
-
-
-@triton.jit
-def to_power(x, power: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of numbers of at least 0."""
-    if power != 1.0:
-        positive = x > 0.0
-        x = tl.where(positive, tl.exp(power * tl.log(tl.where(positive, x, 1.0))), 0.0)
-    return x

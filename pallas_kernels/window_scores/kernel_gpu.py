@@ -2,21 +2,27 @@
 
 Importing this file needs Triton. Pass 1 is split over the keys and leaves statistics of each part,
 which XLA puts together; pass 2 has a program for each block of keys. Rows of a group that exceed a
-program of pass 1 go to programs side by side, whose loads of the same keys the L2 cache meets.
+program of pass 1 go to programs side by side, whose loads of the same keys the L2 cache meets. In
+the aggregated form pass 2 is two launches: averages of the weights, for which keys are read, then
+distances, for which values are, so that either has registers and shared memory for large products.
 
-Float32 is kept on tensor cores. Logits of bfloat16 are exact as they are. Weights are split into
-three of bfloat16, and distances multiply by three of TF32, whose errors are about 2⁻²² of a term;
-in plain float32 they alone would take 137 GFLOP of the 128k keys of an 8B layer through units of
-60 TFLOP/s. Models in float32 have float32 throughout.
+Float32 is kept on tensor cores. Products of bfloat16 are exact there; of a product with float32
+the float32, weights or a head's factor, is split into three of bfloat16, which hold it. In plain
+float32 the distances alone would take 137 GFLOP of the 128k keys of an 8B layer through units of
+60 TFLOP/s. Values of float16, whose range holds no such three, are multiplied by three of TF32,
+errors about 2⁻²² of a term. Models in float32 have float32 throughout.
+
+A distance is ‖ō R - v R‖: ō, a sum in float32, is no more exact than these products are, and
+nothing is gained by the difference ō - v, which is no longer bfloat16.
 
 Triton through jax-triton and not Pallas: Pallas's Triton backend is deprecated since jax 0.11.2
 and wants powers of two for every array, so that keys of 80 or 96 numbers would be copied first,
 where masks here read them as they are; Mosaic GPU's interface moves from release to release.
 
 Predicted, not measured, of an 8B layer at 128k in bfloat16 on an H200 with 4.2 TB/s: each pass
-reads 0.54 GB in 0.13 ms. Pass 1 multiplies 34 and 3 · 34 GFLOP, 0.2 ms at 700 TFLOP/s; pass 2
-34 and 3 · 137 GFLOP in TF32, 1.1 ms at 400 TFLOP/s at best, so the distances bound the op, not the
-memory.
+reads 0.27 or 0.54 GB in 0.13 ms at most. Pass 1 multiplies 34 and 3 · 34 GFLOP, 0.2 ms at
+700 TFLOP/s; pass 2 34 and 3 · 137 GFLOP, 0.6 ms, while it reads 3.2 GB of factors from the L2
+cache: the distances bound the op, not the memory.
 """
 
 from __future__ import annotations
@@ -31,13 +37,16 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_attention.tiling import power_of_two
 from pallas_kernels.triton_extra import triton_call
+from pallas_kernels.window_scores.arithmetic import three_parts
 from pallas_kernels.window_scores.bodies_gpu import scores_kernel, statistics_kernel
+from pallas_kernels.window_scores.distances_gpu import reconstruction_kernel
 from pallas_kernels.window_scores.form import ScoreForm
 from pallas_kernels.window_scores.statistics import (
     PassTwo,
     RowStatistics,
     aggregated_targets,
     per_query_targets,
+    project,
 )
 from pallas_kernels.window_scores.tiling import Tiling, gpu_tiling
 
@@ -68,7 +77,7 @@ def window_scores_triton(
             columns=k.shape[2],
             rows=q.shape[1] // k.shape[1] * q.shape[2],
             head_dim=q.shape[3],
-            itemsize=q.dtype.itemsize,
+            dtype=q.dtype,
         )
     for name in ("keys", "rows", "scored", "ranks"):
         number = getattr(tiling, name)
@@ -81,7 +90,7 @@ def window_scores_triton(
         else:
             # exp(logit - log_sum): the prompt's own attention knows the sums.
             peak, per_total = log_sums.astype(jnp.float32), jnp.ones(log_sums.shape, jnp.float32)
-        return run.scores(PassTwo(peak=peak, per_total=per_total), row_weights, None)
+        return run.scores(PassTwo(peak=peak, per_total=per_total), row_weights)
 
     assert factor is not None
     factor = factor.astype(jnp.float32)
@@ -92,7 +101,10 @@ def window_scores_triton(
     target = aggregated_targets(
         statistics, q, k, factor, row_weights, query_positions, key_positions, form
     )
-    return run.scores(target, row_weights, factor)
+    assert target.output is not None
+    target = target._replace(output=project(target.output, factor))
+    averaged = run.scores(target, row_weights)
+    return run.reconstruction(averaged, target, factor)
 
 
 class _Passes:
@@ -115,17 +127,20 @@ class _Passes:
         self.v, self.form, self.tiling, self.call = v, form, tiling, call
         # Keys stand in for values that are not read.
         self.inputs = (q, k, k if v is None else v, query_positions, key_positions)
+        self.precision = "ieee" if q.dtype == jnp.float32 else "tf32x3"
         self.static: dict[str, Any] = {
             "kv_heads": self.kv_heads,
             "place_heads": key_positions.shape[1],
-            "window": self.window,
             "columns": self.columns,
             "past": form.past,
             "size": self.size,
+            "SIZE": max(_LEAST, power_of_two(self.size)),
+        }
+        self.of_keys: dict[str, Any] = {
+            "window": self.window,
             "scale": float(form.scale),
             "softcap": 0.0 if form.softcap is None else float(form.softcap),
             "sliding_window": form.sliding_window or 0,
-            "SIZE": max(_LEAST, power_of_two(self.size)),
         }
 
     def sums(self) -> tuple[Float[Array, "B N W"], Float[Array, "B N W"]]:
@@ -192,23 +207,24 @@ class _Passes:
             KEYS=keys,
             ROWS=self.tiling.rows,
             **self.static,
+            **self.of_keys,
         )
 
     def scores(
         self,
         target: PassTwo,
         row_weights: Float[Array, " W"] | None,
-        factor: Float[Array, "N H R"] | None,
+        factor: Float[Array, "N H R"] | None = None,
     ) -> Float[Array, "B N P"]:
-        """Pass 2."""
-        form, per_query = self.form, self.form.kind == "per_query"
+        """Pass 2 over the keys: weights averaged over the rows or, with a factor, their errors."""
+        form, by_query = self.form, factor is not None
         mean = jnp.ones(self.window) if row_weights is None else row_weights
         window = max(_LEAST, power_of_two(self.window))
         keys = self.tiling.scored
-        if per_query:
+        if factor is not None:
             # Differences [keys, W, 16] are in registers.
             keys = max(_LEAST, min(keys, 1024 // window))
-        # The peaks stand in for what the form does not have.
+            factor = self._split(factor)
         optional = (target.output, target.column, target.exact, target.per_norm, factor)
         (scores,) = self.call(
             scores_kernel,
@@ -217,23 +233,54 @@ class _Passes:
                 mean.astype(jnp.float32),
                 target.peak,
                 target.per_total,
-                *(target.peak if x is None else x for x in optional),
+                # The peaks stand in for what averages do without.
+                *(target.peak if x is None or not by_query else x for x in optional),
             ),
             [jax.ShapeDtypeStruct((self.batch, self.heads, form.past), jnp.float32)],
-            name=f"window_scores_{form.kind}",
+            name="window_scores_per_query" if by_query else "window_scores_attention",
             grid=(-(-form.past // keys), self.batch * self.kv_heads),
             num_warps=self.tiling.num_warps,
             num_stages=1,
             group=self.group,
             rank=1 if factor is None else factor.shape[-1],
-            tau=float(form.tau),
             power=float(form.power),
-            precision="ieee" if self.inputs[0].dtype == jnp.float32 else "tf32x3",
-            kind=form.kind,
+            precision=self.precision,
             MAXIMUM=row_weights is None,
+            BY_QUERY=by_query,
+            PARTS=1 if factor is None else factor.shape[0],
             KEYS=keys,
             WINDOW=window,
-            RANK=_LEAST if per_query else self.tiling.ranks,
+            RANK=_LEAST,
+            **self.static,
+            **self.of_keys,
+        )
+        return scores
+
+    def reconstruction(
+        self, averaged: Float[Array, "B N P"], target: PassTwo, factor: Float[Array, "N H R"]
+    ) -> Float[Array, "B N P"]:
+        """Pass 2 over the values: the averaged weights' odds times distances from the output."""
+        form, factor = self.form, self._split(factor)
+        _, _, v, _, key_positions = self.inputs
+        (scores,) = self.call(
+            reconstruction_kernel,
+            (v, key_positions, averaged, target.output, target.column, target.exact, factor),
+            [jax.ShapeDtypeStruct(averaged.shape, jnp.float32)],
+            name="window_scores_aggregated",
+            grid=(-(-form.past // self.tiling.scored), self.batch * self.kv_heads),
+            num_warps=self.tiling.num_warps,
+            num_stages=1,
+            group=self.group,
+            rank=factor.shape[-1],
+            tau=float(form.tau),
+            precision=self.precision,
+            PARTS=factor.shape[0],
+            KEYS=self.tiling.scored,
+            RANK=self.tiling.ranks,
             **self.static,
         )
         return scores
+
+    def _split(self, factor: Float[Array, "N H R"]) -> Float[Array, "parts N H R"]:
+        """What values are multiplied by, in parts of their type if that is bfloat16."""
+        return three_parts(factor) if self.inputs[2].dtype == jnp.bfloat16 else factor[None]

@@ -74,9 +74,9 @@ def per_query_targets(
     """Output and dominant key of every query."""
     weight = rows.dominant * rows.per_total
     output = weight[..., None] * rows.value + rows.per_total[..., None] * rows.others
-    projected = _project(output, factor)
+    projected = project(output, factor)
     without = rows.others / jnp.maximum(rows.rest, TINY)[..., None]
-    exact = weight * jnp.linalg.norm(_project(without - rows.value, factor), axis=-1)
+    exact = weight * jnp.linalg.norm(project(without - rows.value, factor), axis=-1)
     per_norm = jnp.ones_like(exact)
     if form.relative:
         per_norm = 1.0 / jnp.maximum(jnp.linalg.norm(projected, axis=-1), TINY)
@@ -147,7 +147,7 @@ def aggregated_targets(
     without = mean(others + jnp.where(own[..., None], 0.0, dominant - weight[..., None] * value))
     remaining = jnp.einsum("bnw,w->bn", left, row_weights, precision=FLOAT32)[..., None]
     remaining = jnp.maximum(remaining, TINY)
-    gap = jnp.linalg.norm(_project(without / remaining[..., None] - value, factor), axis=-1)
+    gap = jnp.linalg.norm(project(without / remaining[..., None] - value, factor), axis=-1)
     held = jnp.take_along_axis(averaged, best, axis=-1)
     return PassTwo(
         peak=rows.peak,
@@ -158,5 +158,6 @@ def aggregated_targets(
     )
 
 
-def _project(x: Float[Array, "B N W H"], factor: Float[Array, "N H R"]) -> Float[Array, "B N W R"]:
+def project(x: Float[Array, "B N X H"], factor: Float[Array, "N H R"]) -> Float[Array, "B N X R"]:
+    """By each head's factor, in float32."""
     return jnp.einsum("bnwh,nhr->bnwr", x, factor, precision=FLOAT32)

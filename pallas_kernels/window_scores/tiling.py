@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
 
 from pallas_kernels.decode_attention.tiling import power_of_two
 
 LANES = 128
-# On GPU: bytes of a block of keys and of the queries in pass 1, numbers of a block of values in
-# pass 2; small enough for 99 KiB of shared memory, what the smallest GPUs have, and for registers.
+# On GPU: bytes of a block of keys and of the queries in pass 1, small enough for 99 KiB of shared
+# memory, what the smallest GPUs have, and for registers.
 _GPU_KEYS_BYTES = 8 * 1024
 _GPU_ROWS_BYTES = 32 * 1024
-_GPU_SCORED = 8192
+# Bytes of a block in pass 2, likewise.
+_GPU_SCORED_BYTES = 32 * 1024
 # Programs that fill a large GPU twice; more parts only add to what is combined.
 _GPU_PROGRAMS = 264
 
@@ -25,7 +29,8 @@ class Tiling:
         parts: of the keys that run side by side in pass 1, GPU only.
         rows: query rows of a program of pass 1, a power of two, at least 16, GPU only.
         scored: keys of a program of pass 2, a power of two, at least 16, GPU only.
-        ranks: columns of the factor that pass 2 multiplies by at a time, likewise.
+        ranks: columns of the factor that the aggregated form multiplies values by at a time,
+            likewise.
         num_warps: of a program, GPU only.
         num_stages: blocks that are in flight in pass 1, GPU only.
     """
@@ -62,7 +67,7 @@ def default_tiling(columns: int, rows: int) -> Tiling:
     return Tiling(keys=min(fitting, 512, -(-columns // LANES) * LANES))
 
 
-def gpu_tiling(*, lists: int, columns: int, rows: int, head_dim: int, itemsize: int) -> Tiling:
+def gpu_tiling(*, lists: int, columns: int, rows: int, head_dim: int, dtype: Any) -> Tiling:
     """Blocks that fit shared memory, and as many parts as fill the GPU.
 
     Args:
@@ -70,12 +75,17 @@ def gpu_tiling(*, lists: int, columns: int, rows: int, head_dim: int, itemsize: 
         columns: T.
         rows: M = G · W, query rows that share a key/value head.
         head_dim: H.
-        itemsize: bytes of a number.
+        dtype: of queries, keys and values.
     """
-    entry = power_of_two(head_dim) * itemsize
+    # What is not bfloat16 is multiplied as float32.
+    exact = dtype == jnp.bfloat16
+    entry = power_of_two(head_dim) * (2 if exact else 4)
     keys = max(16, min(64, _GPU_KEYS_BYTES // entry))
     tile = max(16, min(power_of_two(rows), _GPU_ROWS_BYTES // entry))
     programs = lists * -(-rows // tile)
     parts = max(1, min(-(-columns // keys), _GPU_PROGRAMS // programs))
-    scored = max(16, min(64, _GPU_SCORED // power_of_two(head_dim)))
-    return Tiling(keys=keys, parts=parts, rows=tile, scored=scored)
+    # Tensor cores want products of at least 64 x 64, and a large block of values reads the factors
+    # less often.
+    scored = max(16, min(128 if exact else 64, _GPU_SCORED_BYTES // entry))
+    ranks = scored if exact else 16
+    return Tiling(keys=keys, parts=parts, rows=tile, scored=scored, ranks=ranks)

@@ -60,12 +60,12 @@ def test_decode_attention(spec, dtype):
 def test_window_scores(spec, dtype):
     """Their largest array is what is given, or the scores: no weights, no projections.
 
-    Beside it, what does not grow with the keys: the queries and factors in parts of few bits.
+    Beside it, what does not grow with the keys: outputs of the parts, factors in three of bfloat16.
     """
     run = functools.partial(window_scores, form=spec.form)
     program = compiled(run, *spec.shapes(dtype), kind=GPU)
     assert "triton_kernel_call" in program.as_text()
-    assert program.memory_analysis().temp_size_in_bytes < 20e6
+    assert program.memory_analysis().temp_size_in_bytes < 22e6
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)

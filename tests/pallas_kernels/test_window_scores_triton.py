@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,8 @@ def test_interpreted_kernels_equal_the_reference():
 def test_lowers_for_cuda(spec):
     inputs = spec.shapes(jnp.bfloat16)
     text = lowered(functools.partial(window_scores, form=spec.form), *inputs, kind=GPU)
-    assert text.count("triton_kernel_call") == 2
+    # Averaged weights and their distances are launches of their own.
+    assert text.count("triton_kernel_call") == (3 if spec.form.kind == "aggregated" else 2)
     if spec.large:
         # Nothing has a number for each row of the window and each key.
         assert f"x{spec.window}x{spec.columns}xf32" not in text
@@ -66,6 +68,21 @@ def test_machine_code_fits_shared_memory(name, dtype, tmp_path, monkeypatch):
     for kernel in machine_code(run, *shapes, folder=tmp_path, monkeypatch=monkeypatch):
         assert kernel.code
         assert kernel.shared <= 99 * 1024, kernel.name
+
+
+@needs_triton
+def test_distances_are_large_products_of_bfloat16(tmp_path, monkeypatch):
+    """Of float32 as such, tensor cores would take TF32, and registers a few columns at a time."""
+    from pallas_kernels.window_scores.kernel_gpu import window_scores_triton
+
+    spec = NAMED["8b_8k"]
+    run = functools.partial(window_scores_triton, log_sums=None, form=spec.form)
+    inputs = spec.shapes(jnp.bfloat16)
+    *_, last = machine_code(run, *inputs, folder=tmp_path, monkeypatch=monkeypatch)
+    assert last.name == "window_scores_aggregated"
+    products = set(re.findall(r"wgmma\.mma_async[\w.]*\.(m\d+n\d+k\d+\.\w+\.\w+)", last.assembly))
+    assert products == {"m64n128k16.f32.bf16"}
+    assert last.shared <= 64 * 1024  # two programs and more for each multiprocessor
 
 
 def shapes(dtype=jnp.bfloat16, *, window=8, size=64, k_dtype=None):
@@ -123,14 +140,18 @@ def test_without_the_extra_xla_does_it_and_the_name_is_refused():
 
 
 def test_tilings_are_powers_of_two_that_fill_the_gpu():
-    for columns, rows, size, itemsize in ((131072, 128, 128, 2), (100, 60, 80, 4), (9, 1, 256, 4)):
-        tiling = gpu_tiling(lists=8, columns=columns, rows=rows, head_dim=size, itemsize=itemsize)
-        for number in (tiling.keys, tiling.rows):
+    for columns, rows, size, dtype in (
+        (131072, 128, 128, jnp.bfloat16),
+        (100, 60, 80, jnp.float32),
+        (9, 1, 256, jnp.float16),
+    ):
+        tiling = gpu_tiling(lists=8, columns=columns, rows=rows, head_dim=size, dtype=dtype)
+        for number in (tiling.keys, tiling.rows, tiling.scored, tiling.ranks):
             assert number >= 16
             assert number & (number - 1) == 0
         assert 1 <= tiling.parts <= max(1, -(-columns // tiling.keys))
-    eight = gpu_tiling(lists=8, columns=131072, rows=128, head_dim=128, itemsize=2)
+    eight = gpu_tiling(lists=8, columns=131072, rows=128, head_dim=128, dtype=jnp.bfloat16)
     # One program holds all rows of a group: each key is loaded once.
-    assert eight == Tiling(keys=32, parts=33, rows=128, scored=64)
+    assert eight == Tiling(keys=32, parts=33, rows=128, scored=128, ranks=128)
     with pytest.raises(ValueError, match="parts: expected at least 1, got 0"):
         Tiling(keys=16, parts=0)

@@ -16,6 +16,7 @@ class Compiled(NamedTuple):
     name: str
     shared: int  # bytes of shared memory
     code: bytes
+    assembly: str  # PTX
 
 
 def machine_code(run, *inputs, folder, monkeypatch, capability=90) -> list[Compiled]:
@@ -63,5 +64,5 @@ def machine_code(run, *inputs, folder, monkeypatch, capability=90) -> list[Compi
     found = []
     for name, source, options in launches:
         kernel = triton.compile(source, GPUTarget("cuda", capability, 32), options)
-        found.append(Compiled(name, kernel.metadata.shared, kernel.asm["cubin"]))
+        found.append(Compiled(name, kernel.metadata.shared, kernel.asm["cubin"], kernel.asm["ptx"]))
     return found
