@@ -8,8 +8,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_LOWEST = tl.constexpr(-2139095041)  # the bits of -inf, as `scores_of` has them
-_HIGHEST = tl.constexpr(2139095040)  # those of +inf
+# What bits of scores are as numbers without a sign, in the order of the scores.
+_SIGN = tl.constexpr(0x80000000)
+_LEAST = tl.constexpr(0x00800000)  # of the scores above -inf
+_INFINITY = tl.constexpr(2139095040)  # the bits of +inf
+# An eighth of its part is counted in 8 bits of an int64, of so many scores at most.
+_MOST = tl.constexpr(255)
+_TWO_COUNTS = tl.constexpr(0x000000FF000000FF)
 
 
 @triton.jit
@@ -22,17 +27,45 @@ def scores_of(importance_ptr, column, columns: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit
-def count_from(importance_ptr, a, b, c, columns: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """How many scores of one row have at least these bits, more than those of -inf: of three."""
-    of_a = tl.zeros([STEP], tl.int32)
-    of_b = tl.zeros([STEP], tl.int32)
-    of_c = tl.zeros([STEP], tl.int32)
-    for first in range(0, columns, STEP):
-        bits = scores_of(importance_ptr, first + tl.arange(0, STEP), columns)
-        of_a += (bits >= a.to(tl.int32)).to(tl.int32)
-        of_b += (bits >= b.to(tl.int32)).to(tl.int32)
-        of_c += (bits >= c.to(tl.int32)).to(tl.int32)
-    return tl.sum(of_a, axis=0), tl.sum(of_b, axis=0), tl.sum(of_c, axis=0)
+def count_eighths(  # type: ignore[no-untyped-def]
+    importance_ptr, low, width, shift, columns: tl.constexpr, STEP: tl.constexpr
+):
+    """How many scores of one row lie in each eighth, 2^shift, of the `width` from `low` on.
+
+    The counts of eighths 0 and 4, 1 and 5, 2 and 6, 3 and 7, each two in one int64.
+    """
+    of_0 = tl.zeros([], tl.int64)
+    of_1 = tl.zeros([], tl.int64)
+    of_2 = tl.zeros([], tl.int64)
+    of_3 = tl.zeros([], tl.int64)
+    for begin in range(0, columns, _MOST * STEP):
+        counts = tl.zeros([STEP], tl.int64)
+        for first in range(begin, tl.minimum(begin + _MOST * STEP, columns), STEP):
+            bits = scores_of(importance_ptr, first + tl.arange(0, STEP), columns)
+            number = bits.to(tl.uint32, bitcast=True) ^ _SIGN
+            offset = number - low
+            inside = (number >= low) & (offset < width)
+            eighth = ((offset >> shift) & 7).to(tl.int64)
+            counts += tl.where(inside, tl.full([STEP], 1, tl.int64) << (8 * eighth), 0)
+        of_0 += tl.sum(counts & _TWO_COUNTS, axis=0)
+        of_1 += tl.sum((counts >> 8) & _TWO_COUNTS, axis=0)
+        of_2 += tl.sum((counts >> 16) & _TWO_COUNTS, axis=0)
+        of_3 += tl.sum((counts >> 24) & _TWO_COUNTS, axis=0)
+    return of_0, of_1, of_2, of_3
+
+
+@triton.jit
+def one_eighth(of_0, of_1, of_2, of_3, i: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of what `count_eighths` gives, the count of eighth i."""
+    if i % 4 == 0:
+        both = of_0
+    elif i % 4 == 1:
+        both = of_1
+    elif i % 4 == 2:
+        both = of_2
+    else:
+        both = of_3
+    return ((both >> (32 * (i // 4))) & 0xFFFFFFFF).to(tl.int32)
 
 
 @triton.jit
@@ -55,29 +88,33 @@ def threshold_kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(0)
     importance_ptr += head.to(tl.int64) * columns
     STEP: tl.constexpr = PARTS * BLOCK
-    # More than the bits of -inf; int64, as the difference of the ends needs 33 bits.
-    low = tl.full([], _LOWEST + 1, tl.int64)
-    high = tl.full([], _HIGHEST + 1, tl.int64)
+    low = tl.full([], _LEAST, tl.uint32)
+    width = tl.full([], 0xFFFFFFFF, tl.uint32)  # up to the highest
+    shift = tl.full([], 29, tl.uint32)
     wanted = tl.load(budget_ptr + head // heads)
-    tokens, _, _ = count_from(importance_ptr, low, low, low, columns, STEP)
-    wanted = tl.minimum(wanted, tokens)
-    # `wanted` or more scores are at least `low`, fewer at least `high`.
-    low = tl.where(wanted == 0, high, low)
-    while high - low > 1:
-        quarter = (high - low + 3) // 4
-        a = low + quarter
-        b = tl.minimum(a + quarter, high - 1)
-        c = tl.minimum(b + quarter, high - 1)
-        of_a, of_b, of_c = count_from(importance_ptr, a, b, c, columns, STEP)
-        end = tl.where(
-            of_a < wanted, a, tl.where(of_b < wanted, b, tl.where(of_c < wanted, c, high))
-        )
-        low = tl.where(
-            of_c >= wanted, c, tl.where(of_b >= wanted, b, tl.where(of_a >= wanted, a, low))
-        )
-        met = (of_a == wanted) | (of_b == wanted) | (of_c == wanted)  # then `low` meets it
-        high = tl.where(met, low + 1, end)
-    threshold = low.to(tl.int32)
+    behind = tl.zeros([], tl.int32)
+    # `wanted` or more scores are at least `low`, fewer lie behind `width`: so many.
+    while (width > 1) & (wanted > 0):
+        of_0, of_1, of_2, of_3 = count_eighths(importance_ptr, low, width, shift, columns, STEP)
+        reached = behind
+        for i in tl.static_range(8):
+            reached += one_eighth(of_0, of_1, of_2, of_3, i)
+        wanted = tl.minimum(wanted, reached)  # at first, of all scores
+        digit = tl.zeros([], tl.uint32)
+        from_digit = reached
+        reached = behind
+        for i in tl.static_range(8):
+            before = reached
+            reached += one_eighth(of_0, of_1, of_2, of_3, 7 - i)
+            found = (before < wanted) & (reached >= wanted)
+            digit = tl.where(found, 7 - i, digit).to(tl.uint32)
+            from_digit = tl.where(found, reached, from_digit)
+            behind = tl.where(found, before, behind)
+        low += digit << shift
+        # A threshold that `wanted` scores reach needs no more digits.
+        width = tl.where(from_digit == wanted, 1, tl.full([], 1, tl.uint32) << shift).to(tl.uint32)
+        shift = tl.where(shift > 3, shift - 3, 0).to(tl.uint32)
+    threshold = tl.where(wanted > 0, (low ^ _SIGN).to(tl.int32, bitcast=True), _INFINITY + 1)
     above = tl.zeros([], tl.int32)
     ties = tl.zeros([], tl.int32)
     for first in range(0, columns, STEP):

@@ -2,14 +2,14 @@
 
 Importing this file needs Triton. XLA's `top_k` sorts all columns with their indices. A radix sort
 of 8 bits a pass reads and writes 8 bytes a column four times and counts digits before each pass,
-80 bytes a column, then C indices are sorted again and gathered by. Here the threshold is found by
-quartering the bits of the scores: 4 bytes a column for each of at most 16 steps, ended by the first
-that meets the budget, about 10 for 131,072 distinct scores and a budget of 1,024. They are only
-read, by one launch for all rows, from the L2 cache, where the scores of a layer fit (4 MiB for 8
-heads of 128k), or the L1 cache where a row is as short as in decoding. One more reading finds where
-each block's entries go, so that a second launch moves all blocks side by side; of keys and values
-it reads only what stays. Predicted, not measured: 0.05 ms for 8 heads of 128k, in which 8
-multiprocessors read 0.5 MiB each 10 times at 0.1 TB/s.
+80 bytes a column, then C indices are sorted again and gathered by. Here the bits of the threshold
+are found three at a time: 4 bytes a column for each of at most 11 steps, ended by the first that
+meets the budget, about 7 for 131,072 distinct scores and a budget of 1,024. They are only read, by
+one launch for all rows, from the L2 cache, where the scores of a layer fit (4 MiB for 8 heads of
+128k), or the L1 cache where a row is as short as in decoding. One more reading finds where each
+block's entries go, so that a second launch moves all blocks side by side; of keys and values it
+reads only what stays. Predicted, not measured: 0.04 ms for 8 heads of 128k, in which 8
+multiprocessors read 0.5 MiB each 8 times at 0.1 TB/s.
 
 Triton through jax-triton and not Pallas: Pallas's Triton backend is deprecated since jax 0.11.2,
 and Mosaic GPU has neither scans nor stores to computed rows.

@@ -170,7 +170,10 @@ def masked_eviction():
     # Rows that one step of the search holds, and rows of several steps.
     for searched, dtype in ((kernel_gpu._SEARCHED, "bfloat16"), (128, "float32")):
         kernel_gpu._SEARCHED = searched
-        check_thresholds(jax.jit(functools.partial(kernel_gpu.thresholds_triton, call=interpreted)))
+        thresholds = functools.partial(kernel_gpu.thresholds_triton, call=interpreted)
+        check_thresholds(jax.jit(thresholds))
+        if searched == 128:  # more steps than the counts of a step have room for
+            check_thresholds(jax.jit(thresholds), columns=256 * searched)
         for spec in EVICTIONS:
             if not spec.large:
                 run = functools.partial(
