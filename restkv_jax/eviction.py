@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -226,12 +226,15 @@ def _chooser(projections: Sequence[_Weights]) -> Callable[[Int[Array, ""]], _Wei
     if len(projections) == 1:
         return lambda _: projections[0]
     pairs = [own for own in projections if isinstance(own, Projection)]
-    whole = [own.w_o if isinstance(own, Projection) else own for own in projections]
-    branches = [functools.partial(_itself, own) for own in whole]
     if not pairs:
-        return lambda i: jax.lax.switch(i, branches)
-    factors = jnp.stack([own.factor for own in pairs])
-    return lambda i: Projection(w_o=jax.lax.switch(i, branches), factor=factors[i])
+        return _switch(projections)
+    whole, factors = _switch([own.w_o for own in pairs]), jnp.stack([own.factor for own in pairs])
+    return lambda i: Projection(w_o=whole(i), factor=factors[i])
+
+
+def _switch(whole: Sequence[Any]) -> Callable[[Int[Array, ""]], Any]:
+    branches = [functools.partial(_itself, own) for own in whole]
+    return lambda i: jax.lax.switch(i, branches)
 
 
 def _once(needed: Bool[Array, ""], change: Callable[[Tree], Tree], tree: Tree) -> Tree:

@@ -228,7 +228,7 @@ def _drawn_set(rows: Sequence[Sequence[Any]], seed: str, aggregate: Aggregate | 
     numbers = [] if aggregate else [np.asarray(row, np.float64) for row in rows]
     parts = []
     # So many at a time that memory does not grow with the rows; they are the same in any parts.
-    for first in range(0, draws, step := max(1, _ROWS_AT_ONCE // n)):
+    for first in range(0, draws, step := max(1, _ROWS_AT_ONCE // max(n, 1))):
         chosen = random.integers(0, n, (min(step, draws - first), n))
         if aggregate is None:
             parts.append([row[chosen].mean(axis=1) for row in numbers])

@@ -26,7 +26,7 @@ from experiments.perplexity.documents import build_sets, cut_documents
 from experiments.perplexity.measure import Likelihoods, make_plans, mean_nll
 from experiments.perplexity.report import write_report
 
-# Policies; each has a program for either mode, and Linux lets a process hold some thirty.
+# Policies; each has a program of its own while decoding, see `let_programs_go`.
 _MOST_TOGETHER = 16
 
 

@@ -49,9 +49,9 @@ def search_thresholds(
 ) -> tuple[Int[Array, "*B"], Int[Array, "*B"]]:
     """What tells the `counts` largest entries of each row: a threshold, and where its equals end.
 
-    They are those above the threshold, and those that equal it in the columns before the cut. The
-    kernels are those with which `masked_eviction` begins: a program for each row, which reads it
-    from a cache or from VMEM.
+    They are those above the threshold, and those that equal it in the columns before the cut. In
+    the kernels, as at the beginning of `masked_eviction`, a program for each row reads it from a
+    cache or from VMEM.
 
     Args:
         bits: at least 0.
@@ -100,7 +100,7 @@ def by_halves(
         vary_like(jnp.zeros_like(counts), bits, counts),
         jnp.full_like(counts, _INFINITY + 1),  # a step more, which costs less than a maximum
     )
-    whole = vary_like(jnp.full_like(counts, bits.shape[-1]), bits, counts)
+    whole = vary_like(jnp.full(counts.shape, bits.shape[-1], jnp.int32), bits, counts)
     return low, jax.lax.cond(jnp.all(exact), lambda: whole, lambda: _cut_of_ties(bits, low, counts))
 
 
@@ -112,7 +112,8 @@ def by_digits(
     How many there are is known, so that the host of a GPU waits for none of them. XLA reads the
     rows twice for the 15 counts of a pass.
     """
-    unsigned = bits.astype(jnp.uint32)  # in which 15 << 28 is a number, though none of theirs
+    # In which 15 << 28 is a number, though none of theirs. A conversion would be a copy.
+    unsigned = jax.lax.bitcast_convert_type(bits, jnp.uint32)
 
     def digit(i: Array, low: Array) -> Array:
         shift = 28 - 4 * i.astype(jnp.uint32)
@@ -158,21 +159,19 @@ def _cut_of_ties(
     Ties are counted by block, and the last one that belongs is looked for in its own block.
     """
     columns, block = bits.shape[-1], min(_BLOCK, bits.shape[-1])
-
     total = functools.partial(jnp.sum, axis=-1, dtype=jnp.int32)
     running = functools.partial(jnp.cumsum, axis=-1, dtype=jnp.int32)
-
-    def by_block(marked: Bool[Array, "*B T"]) -> Int[Array, "*B blocks"]:
-        marked = jnp.pad(marked, [(0, 0)] * (bits.ndim - 1) + [(0, -columns % block)])
-        return row_sum(marked.reshape(*marked.shape[:-1], -1, block))
-
-    wanted = (counts - total(by_block(bits > low[..., None])))[..., None]
-    until = running(by_block(bits == low[..., None]))
+    # What is above in the upper half of a number, ties in the lower: one pass counts both.
+    both = ((bits > low[..., None]).astype(jnp.int32) << 16) + (bits == low[..., None])
+    both = jnp.pad(both, [(0, 0)] * (bits.ndim - 1) + [(0, -columns % block)])
+    both = row_sum(both.reshape(*both.shape[:-1], -1, block))
+    wanted = (counts - total(both >> 16))[..., None]
+    until = running(both & 0xFFFF)
     last = total(until < wanted)[..., None]
     before = jnp.where(last > 0, jnp.take_along_axis(until, last - 1, axis=-1), 0)
     own = last * block + jnp.arange(block, dtype=jnp.int32)
     tied = jnp.take_along_axis(bits, own, axis=-1, mode="clip") == low[..., None]
-    rank = before + running(tied & (own < columns))
+    rank = before + running(tied)
     return last[..., 0] * block + total(rank < wanted) + 1
 
 

@@ -271,6 +271,13 @@ def test_a_run_leaves_likelihoods_tables_and_plots(tmp_path, capsys):
     assert "prompt" in capsys.readouterr().err
 
 
+def test_of_many_policies_some_are_asked_before_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.perplexity.__main__._MOST_TOGETHER", 1)
+    assert run(tmp_path / "run", "--modes", "decode") == 0
+    meta = json.loads((tmp_path / "run/run_meta.json").read_text())
+    assert [len(together) for together in meta["cohorts"]] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("extra", "culprit"),
     [

@@ -373,6 +373,20 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_later(tmp_path, monkeypatch):
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
 
 
+def test_a_bar_counts_the_rows_of_every_cohort():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    with RunProgress(stream) as progress:
+        progress.start_set("chat", 3, [2, 1])
+        for _ in range(3):
+            progress.row_done()
+        progress.end_set()
+    assert "6/6" in stream.getvalue()
+
+
 def test_progress_lines_where_there_is_no_terminal(tmp_path):
     stream = io.StringIO()
     config = {"x": 1}

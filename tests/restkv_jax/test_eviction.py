@@ -33,6 +33,7 @@ from restkv_jax.decode import (
     pad_prompts,
     prefill,
     row_keys,
+    with_output_factors,
 )
 from tests.pallas_kernels.lowering import lowered
 from tests.restkv_jax import dense, oracle, tiny
@@ -270,6 +271,20 @@ def test_layers_that_are_alike_are_compiled_once():
 
     assert sorts(5) == sorts(2) > 0
     assert sorts(3, budget=(40, 50, 60)) == 3 * sorts(2)  # each layer of a size of its own
+
+
+@pytest.mark.parametrize("policy", [RestKV(window=W), CriticalKV(window=W)], ids=lambda p: p.name)
+def test_every_layer_is_evicted_by_its_own_factor(policy):
+    model, rows = tiny.make(layers=3), [list(range(40)), list(range(7))]
+    plan = plan_of(policy)
+    bare, factored = (
+        generate(each, rows, plan=plan, max_new_tokens=20, chunk=8)
+        for each in (model, with_output_factors(model))
+    )
+    for layer in range(3):
+        ours, theirs = (np.asarray(one.cache.kept_positions(layer)) for one in (bare, factored))
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_allclose(bare.logprobs, factored.logprobs, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -276,11 +276,17 @@ def test_the_drift_is_the_same_one_group_of_heads_at_a_time(monkeypatch, handed_
         _, sums = causal_attention(layer.q, k, v, lengths, spec=layer.spec, rows=handed_over)
         layer = dataclasses.replace(layer, log_sums=sums)
     counts = jnp.asarray([9, 5])
-    expected = attention_drift(layer.window_weights(W), counts)
+
+    def moment(weights):  # wrong sums would leave the order of a row, and so its drift, as it is
+        return jnp.sum(weights * jnp.arange(30.0), axis=(-2, -1))
+
+    weights = layer.window_weights(W)
+    expected = attention_drift(weights, counts)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
     ours = layer.of_window_weights(W, lambda weights: attention_drift(weights, counts))
     assert np.abs(np.asarray(expected)).max() > 1.0
     np.testing.assert_allclose(ours, expected, atol=1e-5)
+    np.testing.assert_allclose(layer.of_window_weights(W, moment), moment(weights), rtol=1e-4)
 
 
 def test_max_pool_equals_numpy():
