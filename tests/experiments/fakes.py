@@ -1,8 +1,27 @@
-"""A tokenizer of characters and an engine that needs no model."""
+"""A tokenizer of characters, sets to ask, and an engine that needs no model."""
 
+from experiments.core.prompts import Prompting
 from experiments.core.runner import Answer
+from experiments.core.tasks import Row, SetSpec
 
 BOS, EOS, TURN_END = 0, 1, 2
+CHAT = SetSpec(name="chat", prompt="Q: {context} {input}", max_new_tokens=20, metric="qa_f1")
+PLAIN = SetSpec(
+    name="plain",
+    prompt="{context}",
+    max_new_tokens=20,
+    metric="rouge_l",
+    chat=False,
+    first_line_only=True,
+    stop_at_newline=True,
+)
+OFFICIAL = Prompting(
+    protocol="official", max_length=100, eos_ids=(EOS,), turn_end_ids=(TURN_END,), inst_style=True
+)
+
+
+def row(i=0):
+    return Row(input=f"in {i}", context=f"text {i}", answers=(f"in {i}", "é"), length=3)
 
 
 class CharTokenizer:

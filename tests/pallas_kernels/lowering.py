@@ -58,7 +58,7 @@ needs_libtpu = pytest.mark.skipif(
     not _installed("libtpu"), reason="compiling for TPU needs the extra tpu-aot"
 )
 needs_cuda_plugin = pytest.mark.skipif(
-    not all(map(_installed, ("jax_cuda13_plugin", "jax_triton", "nvidia.cu13"))),
+    not all(map(_installed, ("jax_cuda13_plugin", "jax_triton", "nvidia.cu13", "nvidia.cudnn"))),
     reason="compiling for GPU needs the extra gpu-aot",
 )
 

@@ -86,8 +86,6 @@ def test_masked_eviction(spec, dtype):
     ids=str,
 )
 def test_attention_of_a_prompt_by_cudnn(spec):
-    pytest.importorskip("nvidia.cudnn")
-
     def shape(heads):
         return jax.ShapeDtypeStruct((1, heads, 8192, spec.head_dim), jnp.bfloat16)
 
@@ -185,9 +183,8 @@ def test_kernels_of_a_decode_step(batch, most):
 def test_a_prefill_of_128k(layers):
     """Of the shape of Llama-3.1-8B: arrays [T, D], with another layer less than 2 % of one more.
 
-    The host waits for nothing until its end. Without cuDNN the attention's loops are XLA's.
+    The host waits for nothing until its end.
     """
-    pytest.importorskip("nvidia.cudnn")
     program, array = prefill_of_128k(layers, GPU)
     assert None not in turns_of(program)
     assert program.memory_analysis().temp_size_in_bytes < (4.57 + 0.02 * layers) * array
