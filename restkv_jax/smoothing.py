@@ -63,12 +63,15 @@ def attention_drift(
         weights: window attention over all T columns, of two queries at least.
         counts: positions in each row's sets, from 1 to T.
     """
-    columns, half = weights.shape[-1], weights.shape[2] // 2
-    counts = jnp.broadcast_to(counts[:, None, None], weights.shape[:-1])
-    top = top_mask(weights, counts)
+    *rows, columns = weights.shape
+    half = rows[2] // 2
+    counts = jnp.broadcast_to(counts[:, None, None], rows)
+    # The shape in which `over_queries` multiplies them: in two shapes XLA:CPU writes them twice.
+    merged = weights.reshape(-1, *weights.shape[2:])
+    top = top_mask(merged, counts.reshape(merged.shape[:-1]))
     # Positions from the middle: their int32 sums stay small, and the drift is a difference.
     from_middle = jnp.arange(columns, dtype=jnp.int32) - columns // 2
-    means = row_sum(jnp.where(top, from_middle, 0)) / counts
+    means = row_sum(jnp.where(top, from_middle, 0)).reshape(rows) / counts
     return jnp.mean(means[..., :half], axis=-1) - jnp.mean(means[..., half:], axis=-1)
 
 

@@ -34,27 +34,26 @@ def top_mask(values: Float[Array, "*B T"], counts: Int[Array, "*B"]) -> Bool[Arr
         values: float32, at least 0.
         counts: how many to mark in each row, from 1 to T.
     """
-    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
-    low, cut = search_thresholds(bits, counts)
+    low, cut = search_thresholds(values, counts)
     # One comparison: from the cut on, an entry has to be larger.
-    behind = (jnp.arange(bits.shape[-1], dtype=jnp.int32) >= cut[..., None]).astype(jnp.int32)
-    return bits >= low[..., None] + behind
+    behind = (jnp.arange(values.shape[-1], dtype=jnp.int32) >= cut[..., None]).astype(jnp.int32)
+    return _bits(values) >= low[..., None] + behind
 
 
 def search_thresholds(
-    bits: Int[Array, "*B T"],
+    values: Float[Array, "*B T"],
     counts: Int[Array, "*B"],
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Int[Array, "*B"], Int[Array, "*B"]]:
     """What tells the `counts` largest entries of each row: a threshold, and where its equals end.
 
-    They are those above the threshold, and those that equal it in the columns before the cut. In
-    the kernels, as at the beginning of `masked_eviction`, a program for each row reads it from a
-    cache or from VMEM.
+    They are those whose bits are above the threshold, and those that equal it in the columns
+    before the cut. In the kernels, as at the beginning of `masked_eviction`, a program for each
+    row reads it from a cache or from VMEM.
 
     Args:
-        bits: at least 0.
+        values: float32, at least 0.
         counts: how many entries to find in each row, from 1 to T.
         implementation: see `dispatch`.
 
@@ -65,8 +64,7 @@ def search_thresholds(
         NotImplementedError: the implementation that was named cannot run this.
     """
 
-    def by_kernel(thresholds: Callable[..., Any], bits: Array, counts: Array) -> Any:
-        values = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    def by_kernel(thresholds: Callable[..., Any], values: Array, counts: Array) -> Any:
         found = thresholds(values.reshape(-1, values.shape[-1]), counts.reshape(-1))
         return tuple(x.reshape(counts.shape) for x in found)
 
@@ -76,7 +74,7 @@ def search_thresholds(
     return dispatch(
         "search_thresholds",
         implementation,
-        bits,
+        values,
         counts,
         reference=lambda *args: jax.lax.platform_dependent(*args, cpu=by_halves, default=by_digits),
         kernels=(
@@ -87,33 +85,43 @@ def search_thresholds(
 
 
 def by_halves(
-    bits: Int[Array, "*B T"], counts: Int[Array, "*B"]
+    values: Float[Array, "*B T"], counts: Int[Array, "*B"]
 ) -> tuple[Int[Array, "*B"], Int[Array, "*B"]]:
     """See `search_thresholds`; each step counts in a pass what reaches one threshold.
 
     The search ends as soon as every row has met its count, at the latest after 31 steps. Only ties
     keep a row from it, and only then cuts are looked for.
     """
+
+    def reached(threshold: Array) -> Array:
+        # The barrier ties the values to what changes. XLA would else take their bits before the
+        # loop, which on CPU is a copy, and this is all memory.
+        held, threshold = jax.lax.optimization_barrier((values, threshold))
+        return row_sum(_bits(held) >= threshold[..., None])
+
     low, exact = _bisect(
-        lambda middle: row_sum(bits >= middle[..., None]),
+        reached,
         counts,
-        vary_like(jnp.zeros_like(counts), bits, counts),
+        vary_like(jnp.zeros_like(counts), values, counts),
         jnp.full_like(counts, _INFINITY + 1),  # a step more, which costs less than a maximum
     )
-    whole = vary_like(jnp.full(counts.shape, bits.shape[-1], jnp.int32), bits, counts)
-    return low, jax.lax.cond(jnp.all(exact), lambda: whole, lambda: _cut_of_ties(bits, low, counts))
+    whole = vary_like(jnp.full(counts.shape, values.shape[-1], jnp.int32), values, counts)
+    cut = jax.lax.cond(
+        jnp.all(exact), lambda: whole, lambda: _cut_of_ties(_bits(values), low, counts)
+    )
+    return low, cut
 
 
 def by_digits(
-    bits: Int[Array, "*B T"], counts: Int[Array, "*B"]
+    values: Float[Array, "*B T"], counts: Int[Array, "*B"]
 ) -> tuple[Int[Array, "*B"], Int[Array, "*B"]]:
     """See `search_thresholds`; eight passes count for the 15 values of the next four bits each.
 
     How many there are is known, so that the host of a GPU waits for none of them. XLA reads the
     rows twice for the 15 counts of a pass.
     """
-    # In which 15 << 28 is a number, though none of theirs. A conversion would be a copy.
-    unsigned = jax.lax.bitcast_convert_type(bits, jnp.uint32)
+    # In which 15 << 28 is a number, though none of theirs.
+    unsigned = jax.lax.bitcast_convert_type(values, jnp.uint32)
 
     def digit(i: Array, low: Array) -> Array:
         shift = 28 - 4 * i.astype(jnp.uint32)
@@ -123,9 +131,13 @@ def by_digits(
             low = jnp.where(count >= counts, step, low)
         return low
 
-    start = vary_like(jnp.zeros(counts.shape, jnp.uint32), bits, counts)
+    start = vary_like(jnp.zeros(counts.shape, jnp.uint32), values, counts)
     low = jax.lax.fori_loop(0, 8, digit, start).astype(jnp.int32)
-    return low, _cut_of_ties(bits, low, counts)
+    return low, _cut_of_ties(_bits(values), low, counts)
+
+
+def _bits(values: Float[Array, "*B T"]) -> Int[Array, "*B T"]:
+    return jax.lax.bitcast_convert_type(values, jnp.int32)
 
 
 def row_sum(x: Int[Array, "*B T"] | Bool[Array, "*B T"]) -> Int[Array, "*B"]:
