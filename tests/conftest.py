@@ -1,13 +1,19 @@
 """Set before any array is made: exact products, eight CPU devices, and quick compilation."""
 
 import gc
+import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# The plugin that the extra `gpu-aot` brings compiles without a GPU if none is asked for. Otherwise
+# it looks for libraries that only running needs, and is not registered without them.
+if importlib.util.find_spec("jax_cuda13_plugin") and not Path("/dev/nvidiactl").exists():
+    jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_default_matmul_precision", "highest")
 # Programs of tests run once and briefly: compiling them well takes longer than it saves.
 jax.config.update("jax_disable_most_optimizations", True)
