@@ -107,7 +107,24 @@ class HeadAllocation(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaKV(HeadAllocation):
+class _WithFloor(HeadAllocation):
+    """An allocation by scores that leaves no head without entries."""
+
+    floor: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Refuses a floor that is no share.
+
+        Raises:
+            ValueError: naming the option.
+        """
+        HeadAllocation.__post_init__(self)
+        if not 0.0 <= self.floor <= 1.0:
+            raise ValueError(f"floor: expected a share within [0, 1], got {self.floor!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaKV(_WithFloor):
     """Shares by how many of the layer's best scores a head holds (Feng et al., 2407.11550).
 
     Attributes:
@@ -117,17 +134,7 @@ class AdaKV(HeadAllocation):
 
     name: ClassVar[str] = "adakv"
 
-    floor: float = 0.2
     normalize: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuses a floor that is no share.
-
-        Raises:
-            ValueError: naming the option.
-        """
-        HeadAllocation.__post_init__(self)
-        _require_share(self.floor)
 
     def counts(
         self, importance: Float[Array, "B J T"], budget: Int[Array, " B"], slots: int, layer: int
@@ -142,7 +149,7 @@ class AdaKV(HeadAllocation):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SharedBudget(HeadAllocation):
+class SharedBudget(_WithFloor):
     """The layer's best scores, whichever heads they belong to.
 
     For scores that are comparable between heads, as ReST-KV's are: errors of the layer's output,
@@ -153,17 +160,6 @@ class SharedBudget(HeadAllocation):
     """
 
     name: ClassVar[str] = "shared"
-
-    floor: float = 0.2
-
-    def __post_init__(self) -> None:
-        """Refuses a floor that is no share.
-
-        Raises:
-            ValueError: naming the option.
-        """
-        HeadAllocation.__post_init__(self)
-        _require_share(self.floor)
 
     def counts(
         self, importance: Float[Array, "B J T"], budget: Int[Array, " B"], slots: int, layer: int
@@ -299,8 +295,3 @@ def _split(
     pinned = jnp.sum(importance == jnp.inf, axis=-1, dtype=jnp.int32)
     past = jnp.maximum(budget - jnp.max(pinned, axis=-1), 0)
     return pinned, past, jnp.where(importance == jnp.inf, -jnp.inf, importance)
-
-
-def _require_share(floor: float) -> None:
-    if not 0.0 <= floor <= 1.0:
-        raise ValueError(f"floor: expected a share within [0, 1], got {floor!r}")
